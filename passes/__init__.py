@@ -1,0 +1,1 @@
+"""The built-in passes: a plug-in package like any other, one pass per file."""
