@@ -12,7 +12,7 @@ from tests import models
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
-    """The builder of tiny models: `tiny("Llama", num_hidden_layers=4)`, one per session and settings."""
+    """The builder of tiny models, as in `tiny("Llama", num_hidden_layers=4)`."""
     return models.tiny
 
 

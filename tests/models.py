@@ -1,4 +1,4 @@
-"""Tiny models whose every parameter matters, so that a mistake moves the logits by more than rounding."""
+"""Tiny models whose every parameter matters, so that a mistake shows in the logits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config(name: str, **overrides: Any) -> Any:
 
 
 def build(name: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """Returns a new model of architecture `name` in fp32 and eval mode, its parameters drawn by `seed`."""
+    """Returns a new model of architecture `name` in fp32 and eval mode, drawn by `seed`."""
     settings = config(name, **overrides)
     model = getattr(transformers, RECORDED[name]["class"])(settings)
     randomise(model, seed=seed)
@@ -42,12 +42,12 @@ def _cached(name: str, overrides: str) -> Any:
 
 
 def tiny(name: str, **overrides: Any) -> Any:
-    """Returns the one model of the session with these settings. It must not be modified: use `build` for that."""
+    """Returns the session's one model of these settings. To modify one, `build` it."""
     return _cached(name, json.dumps(overrides, sort_keys=True))
 
 
 def randomise(model: torch.nn.Module, *, seed: int = 0) -> None:
-    """Draws every parameter anew: no norm weight is 1, no bias is 0, the logits are of order 1 to 10."""
+    """Draws every parameter anew: no norm weight is 1, no bias 0, logits are of order 1 to 10."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(parameter: torch.Tensor, std: float) -> None:
@@ -84,7 +84,7 @@ def tokens(vocab: int, batch: int = 2, length: int = 12, *, seed: int = 0) -> to
 
 
 def tokenizer() -> Any:
-    """Returns a tokenizer of one token per printable ASCII character that fits a vocabulary of 101."""
+    """Returns a tokenizer of one token per printable ASCII character, 99 in all."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127))]
