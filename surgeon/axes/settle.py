@@ -1,0 +1,202 @@
+"""From the rules' facts to named axes: roles, names, pins, gauges, freedom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os.path import commonprefix
+
+from surgeon.axes.analysis import Facts, MaskFlow, derive, extent_number
+from surgeon.axes.axes import Axes, Axis, Member, Reason
+from surgeon.axes.branches import Branch, find_branches
+from surgeon.axes.space import Expr, leaves, occurrences
+from surgeon.ir.program import Program, Ref
+from surgeon.ops.rule import Gauge, OpRule
+
+ROLE_ORDER = ("positions", "vocab", "hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn")
+
+
+def analyse(program: Program, table: dict[str, OpRule] | None = None) -> Axes:
+    """Returns the axes of a program.
+
+    Args:
+        program: a well-formed program.
+        table: operation rules; by default those of `surgeon.ops`.
+    """
+    facts = derive(program, table)
+    flow = MaskFlow(facts, table)
+    branches = find_branches(program)
+    return _Settler(facts, flow, branches).axes()
+
+
+def _scope(params: Iterable[str]) -> str:
+    paths = [name.split(".")[:-1] for name in params]
+    return ".".join(commonprefix(paths)) if paths else ""  # type: ignore[type-var]
+
+
+class _Settler:
+    def __init__(self, facts: Facts, flow: MaskFlow, branches: tuple[Branch, ...]) -> None:
+        self.facts, self.flow, self.branches = facts, flow, branches
+        self.program = facts.program
+        names = {name for name, _ in facts.slots}
+        self.dims = {
+            name: tuple(facts.space.resolve(expr) for expr in facts.dims(name)) for name in names
+        }
+        for p in self.program.params:
+            self.dims.setdefault("$" + p.name, ())
+        self.members: dict[int, list[Member]] = {}
+        for p in self.program.params:
+            for dim, expr in enumerate(self.dims["$" + p.name]):
+                for atom in dict.fromkeys(leaves(expr)):
+                    self.members.setdefault(atom, []).append(Member(p.name, dim))
+
+    def resolved(self, expr: Expr) -> Expr:
+        return self.facts.space.resolve(expr)
+
+    def axes(self) -> Axes:
+        roles = self._roles()
+        pins = self._pins()
+        gauges, uses = self._uses()
+        outer = self._outer()
+        sizes = {
+            a: extent_number(self.facts.space.extents[a])
+            for exprs in self.dims.values()
+            for expr in exprs
+            for a in leaves(expr)
+        }
+        numbered: dict[int, Axis] = {}
+        taken: dict[str, int] = {}
+        names: dict[int, str] = {}
+        order = [a for a in self.members if isinstance(sizes[a], int)]
+        for atom in order:
+            scope = _scope(m.param for m in self.members[atom])
+            role = roles.get(atom, "width")
+            base = f"{scope}/{role}" if scope else role
+            taken[base] = taken.get(base, 0) + 1
+            names[atom] = base if taken[base] == 1 else f"{base}~{taken[base]}"
+        for atom in order:
+            size = sizes[atom]
+            assert isinstance(size, int)
+            numbered[atom] = Axis(
+                names[atom],
+                roles.get(atom, "width"),
+                size,
+                _scope(m.param for m in self.members[atom]),
+                tuple(self.members[atom]),
+                tuple(names[a] for a in outer.get(atom, ()) if a in names),
+                tuple(pins.get(atom, ())),
+                tuple(
+                    Reason(why, self.program.ops[op].where)
+                    for why, op in self.flow.inexact.get(atom, ())
+                ),
+                tuple(self.flow.normalisers.get(atom, ())),
+                gauges.get(atom, Gauge.ANY),
+                tuple(sorted(uses.get(atom, ()))),
+            )
+        labels = {k: self.resolved(e) for k, e in self.facts.labels.items()}
+        for expr in labels.values():
+            for a in leaves(expr):
+                sizes.setdefault(a, extent_number(self.facts.space.extents[a]))
+        return Axes(
+            self.program,
+            tuple(numbered.values()),
+            self.branches,
+            self.dims,
+            numbered,
+            sizes,
+            labels,
+        )
+
+    def _pins(self) -> dict[int, list[Reason]]:
+        out: dict[int, list[Reason]] = {}
+        for pin in self.facts.pins:
+            where = self.program.ops[pin.op].where if pin.op >= 0 else ""
+            for atom in dict.fromkeys(leaves(self.resolved(pin.expr))):
+                reason = Reason(pin.why, where)
+                if reason not in out.setdefault(atom, []):
+                    out[atom].append(reason)
+        for name in self.program.outputs:
+            if name not in {o for op in self.program.ops for o in op.outputs}:
+                continue
+        return out
+
+    def _uses(self) -> tuple[dict[int, Gauge], dict[int, set[str]]]:
+        gauges: dict[int, Gauge] = {}
+        uses: dict[int, set[str]] = {}
+        for use in self.facts.uses:
+            for atom in leaves(self.resolved(use.expr)):
+                gauges[atom] = gauges.get(atom, Gauge.ANY).meet(use.gauge)
+                uses.setdefault(atom, set()).add(use.kind)
+        return gauges, uses
+
+    def _outer(self) -> dict[int, tuple[int, ...]]:
+        """Axes that enclose an axis wherever it appears, in any tensor, in the same order."""
+        out: dict[int, tuple[int, ...]] = {}
+        for exprs in self.dims.values():
+            whole: list[tuple[int, tuple[int, ...]]] = []
+            before: tuple[int, ...] = ()
+            for expr in exprs:
+                whole += [(a, (*before, *o)) for a, o in occurrences(expr)]
+                before = (*before, *(a for a in leaves(expr)))
+            del before
+            for atom, enclosing in whole:
+                if atom in out:
+                    out[atom] = tuple(a for a in out[atom] if a in enclosing)
+                else:
+                    out[atom] = enclosing
+        return {
+            atom: tuple(a for a in found if a in self.members and a != atom)
+            for atom, found in out.items()
+        }
+
+    def _roles(self) -> dict[int, str]:
+        found: dict[int, set[str]] = {}
+        repeated = {
+            a for e, t in self.facts.tags if t == "repeated" for a in leaves(self.resolved(e))
+        }
+        for expr, tag in self.facts.tags:
+            atoms = list(leaves(self.resolved(expr)))
+            for atom in atoms:
+                role = tag
+                if tag in ("q_heads", "kv_heads"):
+                    role = "q_per_kv" if atom in repeated else "kv_heads"
+                elif tag == "qk" and atoms.count(atom) > 1:
+                    role = "rotary"
+                elif tag == "repeated":
+                    continue
+                found.setdefault(atom, set()).add(role)
+        for branch in self.branches:
+            value = self.program.ops[branch.add].outputs[0]
+            for atom in leaves(self.dims["%" + value][-1]):
+                found.setdefault(atom, set()).add("hidden")
+        for name in self.program.outputs:
+            for atom in leaves(self.dims["%" + name][-1] if self.dims.get("%" + name) else ()):
+                found.setdefault(atom, set()).add("vocab")
+        hidden = {a for a, roles in found.items() if "hidden" in roles}
+        for atom in self._channels(hidden):
+            found.setdefault(atom, set()).add("ffn")
+        return {
+            atom: next(r for r in ROLE_ORDER if r in roles) for atom, roles in found.items()
+        }
+
+    def _channels(self, hidden: set[int]) -> set[int]:
+        """Axes that one linear map makes, maps change, and another contracts into the residual."""
+        kinds: dict[int, set[str]] = {}
+        into: set[int] = set()
+        for use in self.facts.uses:
+            for atom in leaves(self.resolved(use.expr)):
+                kinds.setdefault(atom, set()).add(use.kind)
+                if use.kind == "contract":
+                    op = self.program.ops[use.op]
+                    out = self.dims["%" + op.outputs[0]]
+                    if out and hidden & set(leaves(out[-1])):
+                        into.add(atom)
+        return {
+            atom
+            for atom in into - hidden
+            if {"produce", "contract"} <= kinds[atom] <= {"produce", "contract", "map"}
+        }
+
+
+def output_ref(name: str) -> Ref:
+    """Returns a use of a value."""
+    return Ref(name)

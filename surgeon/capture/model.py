@@ -1,0 +1,264 @@
+"""Capture of Transformers models and of any module, on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from surgeon.capture.attention import NAME, register
+from surgeon.capture.exported import DTYPES, read, renumbered
+from surgeon.capture.repeat import Layers, expand, find_layers, short_circuit
+from surgeon.errors import Code, SurgeonError
+from surgeon.ir import Param, Program, TensorType, verify
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+LONGEST = 1 << 20
+
+
+class _Causal(nn.Module):
+    """A causal language model from tokens, mask and positions to logits, without a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).logits
+
+
+STRIP = "model."
+"""What the wrapper puts before every name."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program with the tensors that capture itself had to keep (literals of the source)."""
+
+    program: Program
+    constants: Mapping[str, torch.Tensor]
+
+
+def all_params(model: nn.Module) -> dict[str, Param]:
+    """Returns every parameter and buffer of a model by its first name, tied ones merged."""
+    stored = set(model.state_dict().keys())
+    found: dict[int, Param] = {}
+    named = [(n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False)]
+    named += [(n, t, "buffer") for n, t in model.named_buffers(remove_duplicate=False)]
+    for name, tensor, kind in named:
+        kind = kind if name in stored else "computed"
+        if id(tensor) in found:
+            first = found[id(tensor)]
+            found[id(tensor)] = replace(first, aliases=(*first.aliases, name))
+        else:
+            found[id(tensor)] = Param(
+                name, TensorType(DTYPES[tensor.dtype], tuple(tensor.shape)), kind
+            )
+    return {p.name: p for p in found.values()}
+
+
+def _longest(config: Any) -> int:
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 8 else LONGEST
+
+
+def _export(model: nn.Module, config: Any) -> ExportedProgram:
+    batch, seq = Dim("batch"), Dim("seq", max=_longest(config))
+    shape = (2, 7)
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    mask = torch.ones(shape, dtype=torch.long, device="meta")
+    positions = torch.zeros(shape, dtype=torch.long, device="meta")
+    dynamic = {0: batch, 1: seq}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            _Causal(model),
+            (ids, mask, positions),
+            dynamic_shapes=(dynamic, dynamic, dynamic),
+            strict=False,
+        )
+
+
+_AXES = {name: ("batch", "seq") for name in INPUTS}
+
+
+@contextmanager
+def _static_rope(model: nn.Module) -> Iterator[list[str]]:
+    """While active, rotary tables that are recomputed for long inputs keep their trained form.
+
+    Transformers recomputes them in a wrapper that branches on the data (`max(position_ids)`);
+    what the wrapper wraps is the branch for inputs within the trained length.
+    """
+    guards: list[str] = []
+    undone: list[nn.Module] = []
+    for path, module in model.named_modules():
+        forward = type(module).forward
+        kinds = getattr(module, "rope_type", None)
+        if not hasattr(forward, "__wrapped__") or kinds is None:
+            continue
+        names = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+        dynamic = sorted(n for n in names if n == "longrope" or "dynamic" in str(n))
+        if not dynamic:
+            continue
+        inner: Any = forward.__wrapped__
+        # The autocast and no_grad decorators wrap as well: only the branching one is skipped.
+        module.__dict__["forward"] = inner.__get__(module)
+        undone.append(module)
+        limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        guards.append(
+            f"{path}: rope type {', '.join(dynamic)} is traced for positions below {limit}"
+        )
+    try:
+        yield guards
+    finally:
+        for module in undone:
+            module.__dict__.pop("forward")
+
+
+def _failure(where: str, error: Exception) -> SurgeonError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    name = type(error).__name__
+    guard = "DataDependent" in name or "data-dependent" in str(error)
+    return SurgeonError(
+        Code.DATA_DEPENDENT if guard else Code.CAPTURE_FAILED,
+        f"torch.export can't trace {where}",
+        at=where,
+        why=f"{name}: {first[:300]}",
+        try_="check that the model runs on a batch of token ids without a cache; "
+        "models that branch on data can't be captured",
+    )
+
+
+def capture_model(
+    model: nn.Module, *, repeat: bool = True, attention: bool = True
+) -> Captured:
+    """Returns the program of a Transformers causal model; the model is left as it was.
+
+    Args:
+        model: on any device; its values are not read.
+        repeat: trace one layer of each kind only, and repeat it in the program.
+        attention: trace with Surgeon's attention operation where the model supports it.
+
+    Raises:
+        SurgeonError: `capture-failed` or `data-dependent`, with torch's reason.
+    """
+    config: Any = getattr(model, "config", None)
+    meta = on_meta(model)
+    meta.eval()
+    meta_config: Any = meta.config
+    before = getattr(meta_config, "_attn_implementation", None)
+    if attention and supports_interface(meta):
+        meta_config._attn_implementation = register()
+    elif before == NAME:
+        meta_config._attn_implementation = "eager"
+    where = f"{type(model).__name__}"
+    try:
+        with _static_rope(meta) as guards:
+            captured = _captured(meta, config, repeat)
+    except SurgeonError:
+        raise
+    except Exception as error:
+        raise _failure(where, error) from error
+    program = replace(captured.program, guards=(*captured.program.guards, *guards))
+    return Captured(verify(program), captured.constants)
+
+
+def supports_interface(model: nn.Module) -> bool:
+    """Whether a Transformers model takes its attention from the interface."""
+    return bool(getattr(model, "_supports_attention_backend", False)) or bool(
+        getattr(model, "_supports_sdpa", False)
+        and getattr(model, "_can_set_attn_implementation", lambda: False)()
+    )
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Returns a copy of a Transformers model whose tensors have shapes and no values, as fp32."""
+    config = copy.deepcopy(model.config)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        out: nn.Module = type(model)(config)
+    if hasattr(out, "tie_weights"):
+        out.tie_weights()  # type: ignore[operator]
+    return out.to(torch.float32)
+
+
+def _captured(meta: nn.Module, config: Any, repeat: bool) -> Captured:
+    persistent = frozenset(meta.state_dict().keys())
+    layers, modules = find_layers(meta)
+    if repeat and layers.repeats:
+        short = _shortened(meta, config, layers, modules, persistent)
+        if short is not None:
+            return short
+    program, constants = read(
+        _export(meta, config), dims=_AXES, strip=STRIP, persistent=persistent
+    )
+    return Captured(_whole_params(program, meta), constants)
+
+
+def _whole_params(program: Program, meta: nn.Module) -> Program:
+    """Parameters in the model's own order, under the names and ties that the model gives them."""
+    full = all_params(meta)
+    own = {alias: p for p in full.values() for alias in (p.name, *p.aliases)}
+    used = {p.name for p in program.params}
+    kept = [p for p in full.values() if used & {p.name, *p.aliases}]
+    rest = [p for p in program.params if p.name not in own]
+    return replace(program, params=(*kept, *rest))
+
+
+def _shortened(
+    meta: nn.Module,
+    config: Any,
+    layers: Layers,
+    modules: Mapping[str, nn.Module],
+    persistent: frozenset[str],
+) -> Captured | None:
+    with short_circuit(layers, modules):
+        exported = _export(meta, config)
+    if layers.log:
+        return None  # a layer computes with its own index: every layer is of a kind of its own
+    program, constants = read(exported, dims=_AXES, strip=STRIP, persistent=persistent)
+    full = all_params(meta)
+    extra = {p.name: p for p in program.params if p.kind == "constant"}
+    expanded = expand(program, layers, {**full, **extra})
+    if expanded is None:
+        return None
+    return Captured(_whole_params(renumbered(expanded.without_dead_code()), meta), constants)
+
+
+def capture_module(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> tuple[Captured, ExportedProgram]:
+    """Returns the program of any module, traced with example inputs.
+
+    Raises:
+        SurgeonError: `capture-failed` or `data-dependent`, with torch's reason.
+    """
+    try:
+        exported = torch.export.export(
+            module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+        )
+    except Exception as error:
+        raise _failure(type(module).__name__, error) from error
+    return capture_exported(exported), exported
+
+
+def capture_exported(exported: ExportedProgram) -> Captured:
+    """Returns the program of a `torch.export` graph."""
+    program, constants = read(exported)
+    return Captured(verify(program), constants)

@@ -1,0 +1,64 @@
+"""Reading by index: embeddings and gathers."""
+
+from __future__ import annotations
+
+from surgeon.ir.program import Arg, ParamRef, Ref
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule
+
+INDEXED = "rows are picked by numbers that come from data"
+
+
+def _embedding_vanish(f: Flow) -> Atoms:
+    return f.at(f.op.arg(0), 1) & f.zero(f.op.arg(0))
+
+
+def _origin(c: Context, arg: Arg) -> str:
+    """Follows an index back to the graph input it comes from."""
+    while isinstance(arg, Ref) and arg.name in c.program.producer:
+        op = c.program.ops[c.program.producer[arg.name]]
+        arg = next((a for a in op.args if isinstance(a, Ref)), None)
+    return arg.name if isinstance(arg, Ref) else ""
+
+
+@rule("aten.embedding.default", vanish=_embedding_vanish)
+def embedding(c: Context) -> None:
+    """Picks rows: the row axis must stay, the columns go on."""
+    weight, ids = c.dims(c.op.arg(0)), c.dims(c.op.arg(1))
+    out = c.out()
+    c.pin(weight[0], INDEXED)
+    c.use(weight[0], "index", Gauge.FIXED)
+    first = c.program.inputs[0].name if c.program.inputs else ""
+    c.tag(weight[0], "vocab" if _origin(c, c.op.arg(1)) == first else "positions")
+    c.equate(weight[1], out[-1])
+    c.use(weight[1], "produce", Gauge.ANY)
+    for a, b in zip(ids, out[:-1], strict=True):
+        c.equate(a, b)
+
+
+@rule("aten.index.Tensor", vanish=lambda f: frozenset())
+def index(c: Context) -> None:
+    """Picks entries by tensors of numbers: the picked dimensions must stay."""
+    x, out = c.dims(c.op.arg(0)), c.out()
+    given = c.op.arg(1)
+    assert isinstance(given, tuple)
+    places = [i for i, arg in enumerate(given) if isinstance(arg, Ref | ParamRef)]
+    whole = places == list(range(places[0], places[0] + len(places))) if places else False
+    for i in places:
+        c.pin(x[i], INDEXED)
+    rank = max((len(c.dims(given[i])) for i in places), default=0)
+    if not whole:
+        for dim in (*x, *out):
+            c.pin(dim, "indices in separate dimensions have no axis rule")
+        return
+    start = places[0]
+    rest = [i for i in range(len(x)) if i not in places]
+    ends = [*range(start), *range(start + rank, len(out))]
+    for i, j in zip(rest, ends, strict=True):
+        c.equate(x[i], out[j])
+    picked = out[start : start + rank]
+    shape = c.op.types[0].shape[start : start + rank]
+    for i in places:
+        dims, sizes = c.dims(given[i]), c.shape(given[i])
+        for k in range(1, len(dims) + 1):
+            if sizes[-k] != 1 or shape[-k] == 1:
+                c.equate(dims[-k], picked[-k])

@@ -1,0 +1,94 @@
+"""Contractions: linear layers and matrix products."""
+
+from __future__ import annotations
+
+from surgeon.ir.program import Arg, ParamRef, Ref
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule
+
+BOTH_LIVE = "it is summed over in a product of two activations that don't vanish when masked"
+
+
+def _is_tensor(arg: Arg) -> bool:
+    return isinstance(arg, Ref | ParamRef)
+
+
+def _with_bias(f: Flow, out: Atoms, bias: Arg) -> Atoms:
+    return out & f.zero(bias) if _is_tensor(bias) else out
+
+
+def contracted(f: Flow, left: Atoms, a: Arg, b: Arg) -> None:
+    """Records the axes summed over on which neither operand vanishes."""
+    f.inexact(left - f.zero(a) - f.zero(b), BOTH_LIVE)
+
+
+def _linear_vanish(f: Flow) -> Atoms:
+    x, w, bias = f.op.arg(0), f.op.arg(1), f.op.arg(2)
+    contracted(f, f.at(w, 1), x, w)
+    return _with_bias(f, f.zero(x) | f.zero(w), bias)
+
+
+@rule("aten.linear.default", vanish=_linear_vanish)
+def linear(c: Context) -> None:
+    """Couples the input's last dimension with the weight's columns, rows with the result."""
+    x, w, bias = c.op.arg(0), c.op.arg(1), c.op.arg(2)
+    xs, ws, out = c.dims(x), c.dims(w), c.out()
+    c.equate(xs[-1], ws[1])
+    c.equate(out[-1], ws[0])
+    for a, b in zip(xs[:-1], out[:-1], strict=True):
+        c.equate(a, b)
+        c.use(b, "batch", Gauge.ANY)
+    if _is_tensor(bias):
+        c.equate(c.dims(bias)[0], ws[0])
+    c.use(ws[1], "contract", Gauge.ANY)
+    c.use(ws[0], "produce", Gauge.ANY)
+
+
+def _addmm_vanish(f: Flow) -> Atoms:
+    bias, x, w = f.op.arg(0), f.op.arg(1), f.op.arg(2)
+    contracted(f, f.at(w, 0), x, w)
+    return _with_bias(f, f.zero(x) | f.zero(w), bias)
+
+
+@rule("aten.addmm.default", vanish=_addmm_vanish)
+def addmm(c: Context) -> None:
+    """Couples a bias plus a matrix product: the weight is stored input by output."""
+    bias, x, w = c.dims(c.op.arg(0)), c.dims(c.op.arg(1)), c.dims(c.op.arg(2))
+    out = c.out()
+    c.equate(x[1], w[0])
+    c.equate(out[1], w[1])
+    c.equate(out[0], x[0])
+    if c.shape(c.op.arg(0))[-1] != 1:
+        c.equate(bias[-1], w[1])
+    c.use(w[0], "contract", Gauge.ANY)
+    c.use(w[1], "produce", Gauge.ANY)
+    c.use(x[0], "batch", Gauge.ANY)
+
+
+def _matmul_vanish(f: Flow) -> Atoms:
+    a, b = f.op.arg(0), f.op.arg(1)
+    contracted(f, f.at(a, -1), a, b)
+    return f.zero(a) | f.zero(b)
+
+
+@rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default", vanish=_matmul_vanish)
+def matmul(c: Context) -> None:
+    """Couples the last dimension of the left with the last but one of the right."""
+    a, b = c.dims(c.op.arg(0)), c.dims(c.op.arg(1))
+    out = c.out()
+    if len(a) < 2 or len(b) < 2:
+        for dim in (*a, *b, *out):
+            c.pin(dim, "a matrix product with a vector has no axis rule")
+        return
+    c.equate(a[-1], b[-2])
+    c.equate(out[-2], a[-2])
+    c.equate(out[-1], b[-1])
+    c.use(a[-1], "contract", Gauge.ANY)
+    for arg, dims in ((c.op.arg(0), a), (c.op.arg(1), b)):
+        shape = c.shape(arg)
+        for k in range(3, len(dims) + 1):
+            if shape[-k] != 1 or c.op.types[0].shape[-k] == 1:
+                c.equate(out[-k], dims[-k])
+    if isinstance(c.op.arg(1), ParamRef):
+        c.use(b[-1], "produce", Gauge.ANY)
+    for dim in out:
+        c.use(dim, "batch", Gauge.ANY)

@@ -1,0 +1,265 @@
+"""Elementwise maps: of one operand, and of several that broadcast."""
+
+from __future__ import annotations
+
+from surgeon.ir.program import Arg, DType, ParamRef, Ref
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule
+
+LINEAR = ("neg", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "dropout")
+"""Maps that any change of basis passes through."""
+ODD = ("tanh", "sin", "erf", "sign", "asinh", "atan")
+"""Maps with f(-x) = -f(x)."""
+ZERO_KEEPING = ("silu", "gelu", "relu", "relu6", "leaky_relu", "abs", "sqrt", "square", "mish")
+NOT_ZERO_KEEPING = (
+    *("cos", "exp", "sigmoid", "rsqrt", "log", "reciprocal", "softplus", "logical_not"),
+    *("bitwise_not", "isnan", "isinf"),
+)
+
+CASTS = (
+    *("aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten.to.other"),
+    *("aten._to_copy.default", "aten.type_as.default", "aten.float.default"),
+)
+
+
+def tensors(op_args: tuple[Arg, ...]) -> list[Ref | ParamRef]:
+    """Returns the operands that are tensors."""
+    return [arg for arg in op_args if isinstance(arg, Ref | ParamRef)]
+
+
+def couple(c: Context, operands: list[Ref | ParamRef]) -> None:
+    """Equates the dimensions of operands that broadcast with those of the result."""
+    out = c.out()
+    out_shape = c.op.types[0].shape
+    for operand in operands:
+        dims, shape = c.dims(operand), c.shape(operand)
+        offset = len(out) - len(dims)
+        for i, (dim, size) in enumerate(zip(dims, shape, strict=True)):
+            if size != 1 or out_shape[offset + i] == 1:
+                c.equate(dim, out[offset + i])
+
+
+def _unary(gauge: Gauge, kind: str = "map"):
+    def analyse(c: Context) -> None:
+        couple(c, [tensors(c.op.args)[0]])
+        for dim in c.out():
+            c.use(dim, kind, gauge)
+
+    return analyse
+
+
+def _keeps(f: Flow) -> Atoms:
+    return f.zero(f.op.arg(0))
+
+
+def _nothing(f: Flow) -> Atoms:
+    return frozenset()
+
+
+for names, gauge, vanish in (
+    (LINEAR, Gauge.ANY, _keeps),
+    (ODD, Gauge.SIGNED, _keeps),
+    (ZERO_KEEPING, Gauge.PERMUTATION, _keeps),
+    (NOT_ZERO_KEEPING, Gauge.PERMUTATION, _nothing),
+):
+    rule(*(f"aten.{name}.default" for name in names), vanish=vanish)(_unary(gauge))
+rule(*CASTS, vanish=_keeps)(_unary(Gauge.ANY))
+
+
+# --- several operands ---------------------------------------------------------------------
+
+
+def _number(arg: Arg) -> float | None:
+    return float(arg) if isinstance(arg, int | float) else None
+
+
+def _sum_vanish(f: Flow) -> Atoms:
+    """A sum vanishes where every operand does."""
+    found: Atoms | None = None
+    for arg in f.op.args[:2]:
+        if isinstance(arg, Ref | ParamRef):
+            zero = f.zero(arg)
+        elif _number(arg) == 0:
+            continue
+        else:
+            return frozenset()
+        found = zero if found is None else found & zero
+    return found or frozenset()
+
+
+def _product_vanish(f: Flow) -> Atoms:
+    """A product vanishes where any operand does."""
+    out: Atoms = frozenset()
+    for arg in tensors(f.op.args[:2]):
+        out |= f.zero(arg)
+    return out
+
+
+def _quotient_vanish(f: Flow) -> Atoms:
+    bottom = f.op.arg(1)
+    if isinstance(bottom, Ref | ParamRef):
+        f.inexact(f.zero(bottom), "a masked channel would be divided by zero")
+    return f.zero(f.op.arg(0))
+
+
+def _same_basis(c: Context) -> None:
+    """A sum commutes with any change of basis made to every operand alike."""
+    operands = tensors(c.op.args[:2])
+    couple(c, operands)
+    whole = len(operands) == 2
+    for i, dim in enumerate(c.out()):
+        alike = whole and all(_spans(c, operand, i) for operand in operands)
+        c.use(dim, "map", Gauge.ANY if alike else Gauge.PERMUTATION)
+
+
+def _spans(c: Context, operand: Ref | ParamRef, out_dim: int) -> bool:
+    shape = c.shape(operand)
+    i = out_dim - (len(c.out()) - len(shape))
+    return i >= 0 and (shape[i] != 1 or c.op.types[0].shape[out_dim] == 1)
+
+
+rule(
+    *("aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar"),
+    vanish=_sum_vanish,
+)(_same_basis)
+
+
+def sinusoid(c: Context, arg: Arg) -> bool:
+    """Whether a value is a table of cosines or sines, reshaped or scaled."""
+    while isinstance(arg, Ref):
+        index = c.program.producer.get(arg.name)
+        if index is None:
+            return False
+        op = c.program.ops[index]
+        if op.target in ("aten.cos.default", "aten.sin.default"):
+            return True
+        others = [a for a in op.args[1:] if isinstance(a, Ref | ParamRef)]
+        if others:
+            return False
+        arg = op.arg(0)
+    return False
+
+
+def foldable(c: Context, name: str, depth: int = 0) -> bool:
+    """Whether every use of a value is a linear map whose weight nothing else uses."""
+    users = c.program.consumers.get(name, ())
+    if not users or name in c.program.outputs or depth > 4:
+        return False
+    for index in users:
+        op = c.program.ops[index]
+        if op.target in CASTS or op.target == "aten.slice.Tensor":
+            if not foldable(c, op.outputs[0], depth + 1):
+                return False
+        elif op.target == "aten.linear.default" and isinstance(op.arg(1), ParamRef):
+            weight = op.arg(1)
+            assert isinstance(weight, ParamRef)
+            if op.arg(0) != Ref(name) or len(c.program.readers[weight.name]) != 1:
+                return False
+        else:
+            return False
+    return True
+
+
+@rule("aten.mul.Tensor", "aten.mul.Scalar", vanish=_product_vanish)
+def product(c: Context) -> None:
+    """Couples both operands; how it acts on a basis depends on what the other operand is."""
+    operands = tensors(c.op.args[:2])
+    couple(c, operands)
+    for i, dim in enumerate(c.out()):
+        both = len(operands) == 2 and all(_spans(c, operand, i) for operand in operands)
+        if not both:
+            gauge = Gauge.ANY
+        elif any(sinusoid(c, operand) for operand in operands):
+            gauge = Gauge.PAIRWISE
+        elif any(scale(c, operand) for operand in operands):
+            gauge = Gauge.ANY if foldable(c, c.op.outputs[0]) else Gauge.SIGNED
+        else:
+            gauge = Gauge.PERMUTATION
+        c.use(dim, "map", gauge)
+
+
+def scale(c: Context, arg: Arg) -> bool:
+    """Whether a value is a vector of parameters, possibly cast or offset by a number."""
+    while isinstance(arg, Ref):
+        index = c.program.producer.get(arg.name)
+        if index is None:
+            return False
+        op = c.program.ops[index]
+        found = tensors(op.args)
+        if len(found) != 1:
+            return False
+        arg = found[0]
+    return isinstance(arg, ParamRef)
+
+
+@rule("aten.div.Tensor", "aten.div.Scalar", vanish=_quotient_vanish)
+def quotient(c: Context) -> None:
+    """Couples both operands; the denominator's channels must not vanish."""
+    operands = tensors(c.op.args[:2])
+    couple(c, operands)
+    for i, dim in enumerate(c.out()):
+        both = len(operands) == 2 and all(_spans(c, operand, i) for operand in operands)
+        c.use(dim, "map", Gauge.PERMUTATION if both else Gauge.ANY)
+
+
+def _power_vanish(f: Flow) -> Atoms:
+    exponent = _number(f.op.arg(1))
+    return f.zero(f.op.arg(0)) if exponent is not None and exponent > 0 else frozenset()
+
+
+@rule("aten.pow.Tensor_Scalar", vanish=_power_vanish)
+def power(c: Context) -> None:
+    """A square that is only averaged over the whole dimension is the same in any rotation."""
+    couple(c, tensors(c.op.args))
+    users = c.program.consumers.get(c.op.outputs[0], ())
+    rank = len(c.out())
+    averaged: set[int] | None = None
+    for index in users:
+        op = c.program.ops[index]
+        dims = op.arg(1)
+        if op.target != "aten.mean.dim" or not isinstance(dims, tuple):
+            averaged = set()
+            break
+        found = {d % rank for d in dims if isinstance(d, int)}
+        averaged = found if averaged is None else averaged & found
+    for i, dim in enumerate(c.out()):
+        whole = c.op.arg(1) == 2 and averaged is not None and i in averaged
+        c.use(dim, "map", Gauge.ROTATION if whole else Gauge.SIGNED)
+
+
+def _every_vanish(f: Flow) -> Atoms:
+    found: Atoms | None = None
+    for arg in tensors(f.op.args):
+        found = f.zero(arg) if found is None else found & f.zero(arg)
+    return found or frozenset()
+
+
+def _pointwise(c: Context) -> None:
+    couple(c, tensors(c.op.args))
+    for dim in c.out():
+        c.use(dim, "map", Gauge.PERMUTATION)
+
+
+def _selected_vanish(f: Flow) -> Atoms:
+    return f.zero(f.op.arg(1)) & f.zero(f.op.arg(2))
+
+
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "__and__", "__or__", "bitwise_and", "bitwise_or")
+rule(
+    *(f"aten.{name}.{kind}" for name in COMPARISONS for kind in ("Tensor", "Scalar")),
+    *("aten.logical_and.default", "aten.logical_or.default", "aten.pow.Tensor_Tensor"),
+    *("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", "aten.clamp.default"),
+    *("aten.floor_divide.default", "aten.remainder.Scalar", "aten.pow.Scalar"),
+    vanish=_nothing,
+)(_pointwise)
+rule("aten.maximum.default", "aten.minimum.default", vanish=_every_vanish)(_pointwise)
+rule("aten.where.self", "aten.where.ScalarOther", vanish=_selected_vanish)(_pointwise)
+
+
+def is_cast(target: str) -> bool:
+    """Whether an operation only changes the element type."""
+    return target in CASTS
+
+
+def cast_type(arg: Arg) -> str | None:
+    """Returns the element type an argument names."""
+    return arg.name if isinstance(arg, DType) else None
