@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from surgeon.errors import Code, SurgeonError
+from surgeon.runtime.generate import GREEDY, Sampling, _next, generate
+from tests import models
+
+PROMPT = "a cat and a dog"
+
+
+class Recomputed:
+    """A Transformers model seen as a plain function, so that it is generated from without its cache."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def __call__(self, ids: np.ndarray) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model(torch.from_numpy(ids)).logits
+
+
+def refused(code: Code, *args, **options) -> SurgeonError:
+    with pytest.raises(SurgeonError) as caught:
+        generate(*args, **options)
+    assert caught.value.code is code
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_recomputation_says_what_transformers_says(tiny, tiny_tokenizer, name):
+    model = tiny(name)
+    own = generate(model, tiny_tokenizer, PROMPT, max_new_tokens=20)
+    again = generate(Recomputed(model), tiny_tokenizer, PROMPT, max_new_tokens=20)
+    assert own.tokens == again.tokens and own.text == again.text
+    assert 0 < len(own.tokens) <= 20
+    assert len(set(own.tokens)) > 1
+    assert own.text == tiny_tokenizer.decode(own.tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("through", [lambda m: m, Recomputed])
+def test_sampling_is_seeded_and_one_top_token_is_greedy(tiny, tiny_tokenizer, through):
+    model = through(tiny("Llama"))
+
+    def sample(**options):
+        sampling = Sampling(**options)
+        return generate(model, tiny_tokenizer, PROMPT, max_new_tokens=16, sampling=sampling).tokens
+
+    assert sample(temperature=1.5, seed=1) == sample(temperature=1.5, seed=1)
+    assert sample(temperature=1.5, seed=1) != sample(temperature=1.5, seed=2)
+    greedy = generate(model, tiny_tokenizer, PROMPT, max_new_tokens=16).tokens
+    assert sample(temperature=1.5, top_k=1) == sample(temperature=1.5, top_p=1e-9) == greedy
+
+
+def test_sampling_leaves_torch_s_own_random_numbers_alone(tiny, tiny_tokenizer):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sampling = Sampling(temperature=1.0, seed=9)
+    generate(tiny("Llama"), tiny_tokenizer, PROMPT, max_new_tokens=4, sampling=sampling)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_model_s_own_sampling_settings_don_t_change_greedy(tiny_tokenizer):
+    model = models.build("Llama")
+    expected = generate(model, tiny_tokenizer, PROMPT, max_new_tokens=12).tokens
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    assert generate(model, tiny_tokenizer, PROMPT, max_new_tokens=12).tokens == expected
+
+
+def test_filters_keep_the_right_tokens():
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3]))
+    draw = np.random.default_rng(0)
+
+    def seen(**options) -> set[int]:
+        return {_next(logits, Sampling(temperature=1.0, **options), draw) for _ in range(300)}
+
+    assert seen() == {0, 1, 2, 3}
+    assert seen(top_k=2) == {1, 3}
+    assert seen(top_p=0.65) == {1, 3}
+    assert seen(top_p=0.75) == {1, 2, 3}
+    assert _next(logits, GREEDY, draw) == 1
+    counts = np.bincount([_next(logits, Sampling(temperature=1.0), draw) for _ in range(4000)])
+    assert counts / 4000 == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.04)
+
+
+@pytest.mark.parametrize("through", [lambda m: m, Recomputed])
+def test_an_end_of_text_token_stops(tiny_tokenizer, through):
+    model = models.build("Llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[2] = model.model.norm.weight  # token 2 is </s>; its logit varies in sign
+    done = generate(through(model), tiny_tokenizer, PROMPT, max_new_tokens=40)
+    assert done.tokens.index(2) == len(done.tokens) - 1 < 39
+    assert "</s>" not in done.text
+
+
+def test_bad_input_is_refused(tiny, tiny_tokenizer):
+    model = tiny("Llama")
+    refused(Code.BAD_TEXT_INPUT, model, tiny_tokenizer, "")
+    refused(Code.BAD_TEXT_INPUT, model, tiny_tokenizer, " \n")
+    refused(Code.MISSING_FILE, model, None, PROMPT)
+    refused(Code.BAD_OPTION, model, tiny_tokenizer, PROMPT, max_new_tokens=0)
+    assert "64 positions" in refused(Code.BAD_TEXT_INPUT, model, tiny_tokenizer, "x" * 60).why
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": 1, "top_k": 0},
+        {"temperature": 1, "top_p": 0.0},
+        {"temperature": 1, "top_p": 1.1},
+        {"top_k": 5},
+        {"top_p": 0.9},
+    ],
+)
+def test_sampling_settings_that_mean_nothing_are_refused(options):
+    with pytest.raises(SurgeonError) as caught:
+        Sampling(**options)
+    assert caught.value.code is Code.BAD_OPTION
