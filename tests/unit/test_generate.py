@@ -12,7 +12,7 @@ PROMPT = "a cat and a dog"
 
 
 class Recomputed:
-    """A Transformers model seen as a plain function, so that it is generated from without its cache."""
+    """A Transformers model seen as a plain function, and so without its cache."""
 
     def __init__(self, model) -> None:
         self.model = model
@@ -92,7 +92,9 @@ def test_an_end_of_text_token_stops(tiny_tokenizer, through):
     model = models.build("Llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        model.lm_head.weight[2] = model.model.norm.weight  # token 2 is </s>; its logit varies in sign
+        model.lm_head.weight[2] = (
+            model.model.norm.weight
+        )  # token 2 is </s>; its logit varies in sign
     done = generate(through(model), tiny_tokenizer, PROMPT, max_new_tokens=40)
     assert done.tokens.index(2) == len(done.tokens) - 1 < 39
     assert "</s>" not in done.text
