@@ -9,7 +9,7 @@ from surgeon.axes.analysis import Facts, MaskFlow, derive, extent_number
 from surgeon.axes.axes import Axes, Axis, Member, Reason
 from surgeon.axes.branches import Branch, find_branches
 from surgeon.axes.space import Expr, leaves, occurrences
-from surgeon.ir.program import Program, Ref
+from surgeon.ir.program import Program, Ref, op_refs
 from surgeon.ops.rule import Gauge, OpRule
 
 ROLE_ORDER = ("positions", "vocab", "hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn")
@@ -114,30 +114,43 @@ class _Settler:
                 reason = Reason(pin.why, where)
                 if reason not in out.setdefault(atom, []):
                     out[atom].append(reason)
-        for name in self.program.outputs:
-            if name not in {o for op in self.program.ops for o in op.outputs}:
-                continue
         return out
 
     def _uses(self) -> tuple[dict[int, Gauge], dict[int, set[str]]]:
         gauges: dict[int, Gauge] = {}
         uses: dict[int, set[str]] = {}
+        tables = self._tables()
         for use in self.facts.uses:
             for atom in leaves(self.resolved(use.expr)):
-                gauges[atom] = gauges.get(atom, Gauge.ANY).meet(use.gauge)
+                if use.op not in tables:
+                    gauges[atom] = gauges.get(atom, Gauge.ANY).meet(use.gauge)
                 uses.setdefault(atom, set()).add(use.kind)
         return gauges, uses
+
+    def _tables(self) -> set[int]:
+        """Operations that make tables (of positions, masks) which no trained parameter enters.
+
+        A change of basis is made to trained parameters only, so these see none.
+        """
+        trained: set[str] = set()
+        tables: set[int] = set()
+        for index, op in enumerate(self.program.ops):
+            if any(
+                r.name in trained
+                if isinstance(r, Ref)
+                else self.program.param[r.name].kind in ("parameter", "buffer")
+                for r in op_refs(op)
+            ):
+                trained.update(op.outputs)
+            else:
+                tables.add(index)
+        return tables
 
     def _outer(self) -> dict[int, tuple[int, ...]]:
         """Axes that enclose an axis wherever it appears, in any tensor, in the same order."""
         out: dict[int, tuple[int, ...]] = {}
         for exprs in self.dims.values():
-            whole: list[tuple[int, tuple[int, ...]]] = []
-            before: tuple[int, ...] = ()
-            for expr in exprs:
-                whole += [(a, (*before, *o)) for a, o in occurrences(expr)]
-                before = (*before, *(a for a in leaves(expr)))
-            del before
+            whole = occurrences(tuple(factor for expr in exprs for factor in expr))
             for atom, enclosing in whole:
                 if atom in out:
                     out[atom] = tuple(a for a in out[atom] if a in enclosing)
@@ -196,7 +209,3 @@ class _Settler:
             if {"produce", "contract"} <= kinds[atom] <= {"produce", "contract", "map"}
         }
 
-
-def output_ref(name: str) -> Ref:
-    """Returns a use of a value."""
-    return Ref(name)

@@ -1,0 +1,121 @@
+"""A plan applied to weights, tensor by tensor: sliced, or masked in full shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.plan import Selection
+from surgeon.axes.space import leaves
+
+Get = Callable[[str], torch.Tensor]
+
+
+def rewritten(get: Get, rewrites: Mapping[str, torch.Tensor]) -> Get:
+    """Returns a reader of weights in which some parameters are replaced."""
+    return lambda name: rewrites[name] if name in rewrites else get(name)
+
+
+def removed(selection: Selection, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what is left of a parameter: rows and columns of kept indices, contiguous."""
+    if not any(selection.touches(e) for e in selection.axes.param_dims(name)):
+        return tensor
+    if not selection.separable(name):
+        flat = torch.from_numpy(selection.flat(name))
+        return tensor.reshape(-1)[flat].reshape(selection.shape(name))
+    for dim, kept in enumerate(selection.kept(name)):
+        if kept is not None:
+            tensor = tensor.index_select(dim, torch.from_numpy(kept))
+    return tensor.contiguous()
+
+
+def masked(selection: Selection, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a parameter in full shape with zeros where an index was removed."""
+    if not any(selection.touches(e) for e in selection.axes.param_dims(name)):
+        return tensor
+    out = torch.zeros_like(tensor).reshape(-1)
+    flat = torch.from_numpy(selection.flat(name))
+    out[flat] = tensor.reshape(-1)[flat]
+    return out.reshape(tensor.shape)
+
+
+Normaliser = Callable[..., torch.Tensor]
+
+
+def kept_layer_norm(kept: torch.Tensor) -> Normaliser:
+    """Returns LayerNorm in full shape whose mean and variance see kept channels only.
+
+    Args:
+        kept: ones and zeros, of the normalised shape.
+    """
+    count = float(kept.sum())
+
+    def norm(
+        x: torch.Tensor,
+        shape: list[int],
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> torch.Tensor:
+        dims = tuple(range(x.dim() - len(shape), x.dim()))
+        mean = (x * kept).sum(dims, keepdim=True) / count
+        centred = (x - mean) * kept
+        var = centred.square().sum(dims, keepdim=True) / count
+        out = centred * torch.rsqrt(var + eps)
+        out = out if weight is None else out * weight
+        return out if bias is None else out + bias
+
+    return norm
+
+
+def kept_rms_norm(kept: torch.Tensor) -> Normaliser:
+    """Returns the fused RMSNorm in full shape whose mean square sees kept channels only."""
+    count = float(kept.sum())
+
+    def norm(
+        x: torch.Tensor,
+        shape: list[int],
+        weight: torch.Tensor | None = None,
+        eps: float | None = None,
+    ) -> torch.Tensor:
+        dims = tuple(range(x.dim() - len(shape), x.dim()))
+        mean = (x.square() * kept).sum(dims, keepdim=True) / count
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        out = x * torch.rsqrt(mean + eps)
+        return out if weight is None else out * weight
+
+    return norm
+
+
+_KEPT_ONLY = {
+    "aten.layer_norm.default": kept_layer_norm,
+    "aten.rms_norm.default": kept_rms_norm,
+}
+
+
+def kept_only(axes: Axes, selection: Selection, program_ops: Mapping[str, int]) -> dict[int, Normaliser]:
+    """Returns for a masked reference the normalisers that must see kept channels only.
+
+    Args:
+        program_ops: the index, in the reference program, of the operation that makes each value.
+    """
+    out: dict[int, Normaliser] = {}
+    for op in axes.program.ops:
+        make = _KEPT_ONLY.get(op.target)
+        index = program_ops.get(op.outputs[0])
+        shape = op.arg(1)
+        if make is None or index is None or not isinstance(shape, tuple):
+            continue
+        exprs = axes.dims["%" + op.outputs[0]][-len(shape) :]
+        if not any(a in selection.cuts for e in exprs for a in leaves(e)):
+            continue
+        sizes = [s for s in shape if isinstance(s, int)]
+        kept = torch.zeros(prod(sizes))
+        kept[torch.from_numpy(selection.indices(tuple(f for e in exprs for f in e)))] = 1.0
+        out[index] = make(kept.reshape(sizes))
+    return out
+
