@@ -25,14 +25,21 @@ from surgeon.ir.program import (
 HEADER = "surgeon.program 1"
 KINDS = ("parameter", "buffer", "computed", "constant")
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+\Z")
+_MONOMIAL = re.compile(r"[A-Za-z0-9_*]+\Z")
 
 
 def _name(name: str) -> str:
     return name if _PLAIN.match(name) else json.dumps(name)
 
 
+def _size(size: Size) -> str:
+    # Sums and functions have commas and brackets of their own.
+    text = str(size)
+    return text if _MONOMIAL.match(text) else "{" + text + "}"
+
+
 def _type(type_: TensorType) -> str:
-    return f"{type_.dtype}[{', '.join(str(size) for size in type_.shape)}]"
+    return f"{type_.dtype}[{', '.join(_size(size) for size in type_.shape)}]"
 
 
 def _float(value: float) -> str:
@@ -97,12 +104,13 @@ _TOKEN = re.compile(
     | (?P<sym>\{[^}]*\})
     | (?P<dtype>\#[a-z0-9_]+)
     | (?P<string>"(?:[^"\\]|\\.)*")
-    | (?P<number>-?(?:inf|nan|\d+\.?\d*(?:[eE][-+]?\d+)?)(?![A-Za-z_]))
+    | (?P<number>-?(?:inf|nan|\d+\.?\d*(?:[eE][-+]?\d+)?)(?![A-Za-z0-9_.]))
     | (?P<word>[A-Za-z_][A-Za-z0-9_.]*)
     | (?P<punct>[\[\](),=:@])
     )""",
     re.VERBOSE,
 )
+_SIZE = re.compile(r"\s*(?:\{([^}]*)\}|(-?[A-Za-z0-9_*]+))\s*")
 
 
 class _Line:
@@ -110,6 +118,12 @@ class _Line:
 
     def __init__(self, text: str, number: int) -> None:
         self.text, self.number, self.pos = text, number, 0
+        self.move(0)
+
+    def move(self, pos: int) -> None:
+        """Puts the cursor on the first token from `pos` on."""
+        rest = self.text[pos:]
+        self.pos = pos + len(rest) - len(rest.lstrip())
 
     def fail(self, why: str) -> NoReturn:
         raise SurgeonError(
@@ -134,7 +148,7 @@ class _Line:
             self.fail(f"expected {text or kind or 'more'}, found {value or 'the end of the line'}")
         match = _TOKEN.match(self.text, self.pos)
         assert match is not None
-        self.pos = match.end()
+        self.move(match.end())
         return value
 
     def accept(self, text: str) -> bool:
@@ -144,26 +158,51 @@ class _Line:
         return False
 
     def name(self, sigil: str) -> str:
-        token = self.take("value")
-        if token[0] != sigil:
+        kind, token = self.peek()
+        if kind != "value" or token[0] != sigil:
             self.fail(f"expected a name that starts with {sigil}")
-        return _unquote(token[1:])
+        name = self.unquote(token[1:])
+        self.take()
+        return name
+
+    def unquote(self, text: str) -> str:
+        if not text.startswith('"'):
+            return text
+        try:
+            return str(json.loads(text))
+        except ValueError as error:
+            self.fail(f"the string has a fault: {error}")
+
+    def string(self) -> str:
+        kind, token = self.peek()
+        if kind != "string":
+            self.fail(f"expected string, found {token or 'the end of the line'}")
+        text = self.unquote(token)
+        self.take()
+        return text
 
     def type(self) -> TensorType:
         dtype = self.take("word")
         self.take(text="[")
-        end = self.text.find("]", self.pos)
-        if end < 0:
-            self.fail("a shape is not closed")
-        inner, self.pos = self.text[self.pos : end].strip(), end + 1
-        sizes = [_size(part.strip()) for part in inner.split(",")] if inner else []
+        sizes: list[Size] = []
+        while not self.accept("]"):
+            match = _SIZE.match(self.text, self.pos)
+            if match is None:
+                self.fail("a size is missing" if sizes else "a shape is not closed")
+            expression, plain = match.groups()
+            sizes.append(int(plain) if re.fullmatch(r"-?\d+", plain or "") else expression or plain)
+            self.move(match.end())
+            if self.peek()[1] not in (",", "]"):
+                self.fail("a shape is not closed")
+            if self.accept(",") and self.peek()[1] == "]":
+                self.fail("a size is missing")
         return TensorType(dtype, tuple(sizes))
 
     def arg(self) -> Arg:
         kind, value = self.peek()
         if kind == "value":
+            name = self.unquote(value[1:])
             self.take()
-            name = _unquote(value[1:])
             return Ref(name) if value[0] == "%" else ParamRef(name)
         if kind == "sym":
             self.take()
@@ -172,8 +211,7 @@ class _Line:
             self.take()
             return DType(value[1:])
         if kind == "string":
-            self.take()
-            return str(json.loads(value))
+            return self.string()
         if kind == "number":
             self.take()
             return _number(value)
@@ -191,16 +229,8 @@ class _Line:
         self.fail("expected an argument")
 
 
-def _unquote(name: str) -> str:
-    return str(json.loads(name)) if name.startswith('"') else name
-
-
 def _number(text: str) -> int | float:
     return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
-
-
-def _size(text: str) -> Size:
-    return int(text) if re.fullmatch(r"\d+", text) else text
 
 
 def _op(line: _Line) -> Op:
@@ -229,8 +259,8 @@ def _op(line: _Line) -> Op:
             line.fail("the arguments are not closed")
     module = source = ""
     if line.accept("@"):
-        module = str(json.loads(line.take("string")))
-        source = str(json.loads(line.take("string")))
+        module = line.string()
+        source = line.string()
     return Op(tuple(outputs), tuple(types), target, tuple(args), tuple(kwargs), module, source)
 
 
@@ -267,6 +297,7 @@ def parse(text: str) -> Program:
             continue
         line = _Line(raw, number)
         kind, word = line.peek()
+        line_start = line.pos
         if outputs is not None:
             line.fail("nothing may follow `return`")
         if kind == "value":
@@ -276,11 +307,11 @@ def parse(text: str) -> Program:
         else:
             line.take()
             if word == "meta":
-                meta.append((json.loads(line.take("string")), json.loads(line.take("string"))))
+                meta.append((line.string(), line.string()))
             elif word == "symbol":
                 symbols.append(line.take("word"))
             elif word == "guard":
-                guards.append(str(json.loads(line.take("string"))))
+                guards.append(line.string())
             elif word == "input":
                 name = line.name("%")
                 line.take(text=":")
@@ -289,11 +320,11 @@ def parse(text: str) -> Program:
                 params.append(_param(line, word))
             elif word == "return":
                 names: list[str] = []
-                while line.peek()[0] == "value":
+                while line.peek()[0] != "end" and (not names or line.accept(",")):
                     names.append(line.name("%"))
-                    line.accept(",")
                 outputs = tuple(names)
             else:
+                line.move(line_start)
                 line.fail(f"`{word}` declares nothing")
         if line.peek()[0] != "end":
             line.fail("the line goes on after its end")

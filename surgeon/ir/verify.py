@@ -13,7 +13,8 @@ DTYPES = frozenset(
     ["f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", "f8_e4m3", "f8_e5m2"]
     + ["c64", "u16", "u32", "u64"]
 )
-_WORD = re.compile(r"[A-Za-z_]\w*")
+# A word before a bracket is a function of sizes, such as Max(1,seq).
+_WORD = re.compile(r"[A-Za-z_]\w*\b(?!\()")
 
 Fault = tuple[str, str]
 """The offending value or parameter, and what is wrong with it."""
@@ -106,6 +107,18 @@ def _static_params(program: Program) -> Iterator[Fault]:
             yield "$" + p.name, "a parameter's shape must be numbers"
 
 
+def _ranks(op: Op, program: Program) -> str | None:
+    """What is wrong with an operation's tensors themselves, before their sizes are compared."""
+    for index, (least, most) in enumerate(OP_RANKS[op.target]):
+        arg = op.arg(index)
+        if not isinstance(arg, Ref | ParamRef):
+            return f"operand {index} is no tensor"
+        rank = len(program.type_of(arg).shape)
+        if not least <= rank <= most:
+            return f"operand {index} has {rank} dimensions"
+    return None
+
+
 def _linear(op: Op, program: Program) -> str | None:
     x, w = (program.type_of(op.arg(i)) for i in (0, 1))
     if x.shape[-1] != w.shape[-1]:
@@ -124,7 +137,7 @@ def _embedding(op: Op, program: Program) -> str | None:
 
 def _attention(op: Op, program: Program) -> str | None:
     q, k, v = (program.type_of(op.arg(i)).shape for i in (0, 1, 2))
-    if len(q) != 4 or q[3] != k[3]:
+    if q[3] != k[3]:
         return f"queries are {q[-1]} wide and keys {k[-1]}"
     if k[1] != v[1]:
         return f"there are {k[1]} key heads and {v[1]} value heads"
@@ -132,6 +145,13 @@ def _attention(op: Op, program: Program) -> str | None:
         return f"{q[1]} query heads are no multiple of {k[1]} key/value heads"
     return None
 
+
+OP_RANKS: dict[str, tuple[tuple[int, int], ...]] = {
+    "aten.linear.default": ((1, 99), (1, 2)),
+    "aten.embedding.default": ((2, 2), (0, 99)),
+    "surgeon.attention": ((4, 4), (4, 4), (4, 4)),
+}
+"""The fewest and the most dimensions of each operand that must be a tensor."""
 
 OP_CONDITIONS: dict[str, Callable[[Op, Program], str | None]] = {
     "aten.linear.default": _linear,
@@ -143,7 +163,7 @@ OP_CONDITIONS: dict[str, Callable[[Op, Program], str | None]] = {
 def _shapes(program: Program) -> Iterator[Fault]:
     for op in program.ops:
         condition = OP_CONDITIONS.get(op.target)
-        why = condition(op, program) if condition else None
+        why = (_ranks(op, program) or condition(op, program)) if condition else None
         if why:
             yield "%" + op.outputs[0], why
 

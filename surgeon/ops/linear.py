@@ -23,7 +23,7 @@ def contracted(f: Flow, left: Atoms, a: Arg, b: Arg) -> None:
 
 def _linear_vanish(f: Flow) -> Atoms:
     x, w, bias = f.op.arg(0), f.op.arg(1), f.op.arg(2)
-    contracted(f, f.at(w, 1), x, w)
+    contracted(f, f.at(w, -1), x, w)
     return _with_bias(f, f.zero(x) | f.zero(w), bias)
 
 
@@ -32,6 +32,10 @@ def linear(c: Context) -> None:
     """Couples the input's last dimension with the weight's columns, rows with the result."""
     x, w, bias = c.op.arg(0), c.op.arg(1), c.op.arg(2)
     xs, ws, out = c.dims(x), c.dims(w), c.out()
+    if len(ws) != 2:
+        for dim in (*xs, *ws, *out):
+            c.pin(dim, "a product with a vector has no axis rule")
+        return
     c.equate(xs[-1], ws[1])
     c.equate(out[-1], ws[0])
     for a, b in zip(xs[:-1], out[:-1], strict=True):
