@@ -1,0 +1,453 @@
+"""Outputs that are complete or absent (written beside, then renamed), and streamed safetensors."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from surgeon.errors import Code, SurgeonError
+
+if TYPE_CHECKING:
+    import torch
+
+MARKER = "surgeon.json"
+"""The report in every folder that Surgeon writes: what may be overwritten has one."""
+
+SHARD_BYTES = 5_000_000_000
+
+SAFETENSORS_NAMES: dict[str, tuple[str, int]] = {
+    "bool": ("BOOL", 1),
+    "u8": ("U8", 1),
+    "i8": ("I8", 1),
+    "i16": ("I16", 2),
+    "f16": ("F16", 2),
+    "bf16": ("BF16", 2),
+    "i32": ("I32", 4),
+    "f32": ("F32", 4),
+    "c64": ("C64", 8),
+    "f64": ("F64", 8),
+    "i64": ("I64", 8),
+}
+"""Element types by the program's short names: the format's name, and bytes an element.
+
+In the format's own order, of which its files are sorted by the reverse.
+"""
+
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_OPEN: set[Path] = set()
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its metadata now, its values when `load` is called."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return SAFETENSORS_NAMES[self.dtype][1] * math.prod(self.shape)
+
+
+# --- outputs -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def output_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = False, need_bytes: int | None = None
+) -> Generator[Path, None, None]:
+    """Yields an empty temporary folder that becomes `path` when the block ends without error.
+
+    Until then `path` is what it was, and after an error it still is.
+
+    Args:
+        path: where the result goes. It may be missing or an empty folder.
+        overwrite: replace a folder that an earlier run wrote; nobody else's is touched.
+        need_bytes: how much the caller is going to write.
+
+    Raises:
+        SurgeonError: `bad-output` where `path` can't be written or holds something else,
+            `disk-full` where the disk has too little room, before or while writing.
+    """
+    target = _target(path)
+    partial = _sibling(target, "partial")
+    with _reported(target):
+        _check_folder(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _recover(target)
+        _check_folder(target, overwrite)  # an old result may have come back
+        _check_room(target, need_bytes)
+        partial.mkdir()
+    _OPEN.add(partial)
+    try:
+        with _reported(target):
+            yield partial
+            _sync_tree(partial)
+            _check_folder(target, overwrite)
+            _swap(partial, target)
+    finally:
+        _OPEN.discard(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def output_file(
+    path: str | os.PathLike[str], *, overwrite: bool = False, need_bytes: int | None = None
+) -> Generator[Path, None, None]:
+    """Yields the name of a temporary file that becomes `path` when the block ends without error.
+
+    Args:
+        path: where the result goes. It may be missing or an empty file.
+        overwrite: replace an existing file.
+        need_bytes: how much the caller is going to write.
+
+    Raises:
+        SurgeonError: `bad-output` or `disk-full`, as for `output_folder`.
+    """
+    target = _target(path)
+    partial = _sibling(target, "partial")
+    _OPEN.add(partial)
+    try:
+        with _reported(target):
+            _check_file(target, overwrite)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _recover(target)
+            _check_room(target, need_bytes)
+            partial.touch()
+            yield partial
+            _sync(partial)
+            _check_file(target, overwrite)
+            partial.replace(target)
+            _sync(target.parent)
+    finally:
+        _OPEN.discard(partial)
+        with suppress(OSError):  # whatever made it fail has been reported
+            partial.unlink(missing_ok=True)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """A link is followed, so that what it leads to is replaced and not the link."""
+    target = Path(path).expanduser().resolve()
+    if not target.name:
+        raise _refused(target, "it is the root of the file system", "name a folder in it")
+    return target
+
+
+def _refused(target: Path, why: str, try_: str, what: str = "can't write here") -> SurgeonError:
+    return SurgeonError(Code.BAD_OUTPUT, what, at=str(target), why=why, try_=try_)
+
+
+def _check_folder(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise _refused(target, "it is a file", "name a folder that doesn't exist yet")
+    if target.is_mount():
+        why = "it is a mount point, so a finished result can't be renamed to it"
+        raise _refused(target, why, "name a folder in it")
+    if next(target.iterdir(), None) is None:
+        return
+    if not (target / MARKER).is_file():
+        raise _refused(
+            target,
+            f"the folder is not empty and has no {MARKER}, so it isn't a result of Surgeon",
+            "name an empty folder or one that doesn't exist yet",
+        )
+    if not overwrite:
+        raise _refused(
+            target,
+            "the folder holds an earlier result",
+            "ask to overwrite it, or name another folder",
+        )
+
+
+def _check_file(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise _refused(target, "it is a folder", "name a file in it")
+    if not overwrite and target.exists() and target.stat().st_size:
+        raise _refused(target, "the file exists", "ask to overwrite it, or name another file")
+
+
+def _check_room(target: Path, need_bytes: int | None) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if need_bytes is not None and need_bytes > free:
+        raise _full(target, f"{_gb(need_bytes)} are needed and {_gb(free)} are free", need_bytes)
+
+
+def _full(target: Path, why: str, need: int | None = None) -> SurgeonError:
+    return SurgeonError(
+        Code.DISK_FULL,
+        "the disk has too little room",
+        at=str(target),
+        why=why,
+        try_="make room, or write to another disk",
+        data={"need_bytes": need, "free_bytes": shutil.disk_usage(target.parent).free},
+    )
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f} GB"
+
+
+@contextmanager
+def _reported(target: Path) -> Generator[None, None, None]:
+    """What the file system refuses under the target's own folder becomes a four-part error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(target.parent).free
+            raise _full(target, f"it ran full while writing, {_gb(free)} are free") from error
+        about = [Path(os.fsdecode(f)) for f in (error.filename, error.filename2) if f is not None]
+        ours = [f for f in about if _is_ours(f, target)]
+        if not ours:
+            raise  # the caller failed to read something else
+        why = f"{error.strerror or error} ({', '.join(map(str, ours))})"
+        raise _refused(target, why, "write to a folder that you may write to") from error
+
+
+def _is_ours(path: Path, target: Path) -> bool:
+    if target.is_relative_to(path):
+        return True
+    inside = path.parts[len(target.parent.parts) : len(target.parent.parts) + 1]
+    return path.is_relative_to(target.parent) and inside[0].startswith(f".{target.name}.")
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Puts `partial` in `target`'s place; the old result is kept until the new one is there."""
+    old: Path | None = None
+    if target.exists():
+        old = _sibling(target, "replaced")
+        _OPEN.add(old)
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if old is not None:
+            old.rename(target)
+        raise
+    finally:
+        if old is not None:
+            _OPEN.discard(old)
+    _sync(target.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+# --- what killed runs leave ----------------------------------------------------------------------
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    """A name on the same file system that says whose it is: machine, process, and a random part."""
+    owner = f"{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name}.{kind}-{owner}")
+
+
+def _recover(target: Path) -> None:
+    """Removes what runs on this path left when they were killed; a result set aside comes back."""
+    pattern = re.compile(
+        rf"\.{re.escape(target.name)}\.(partial|replaced)-{_HOST}-(\d+)-[0-9a-f]{{8}}"
+    )
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or path in _OPEN or _alive(int(match[2])):
+            continue
+        if match[1] == "replaced" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # an earlier process had this number: what is ours now is in _OPEN
+    if sys.platform == "win32":
+        return True  # signal 0 is no question there, so leftovers stay
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return  # folders can't be opened there
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- safetensors ---------------------------------------------------------------------------------
+
+
+def write_safetensors(
+    folder: str | os.PathLike[str],
+    tensors: Iterable[TensorSpec],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[Path, ...]:
+    """Writes tensors one at a time and returns the files: one, or shards with their index.
+
+    File names, the split and the index are those of Transformers; at no time is more than one
+    tensor held.
+
+    Args:
+        folder: an existing folder, best the one that `output_folder` yields.
+        tensors: what to write. Values are asked for in the order of the file.
+        max_shard_bytes: a tensor larger than this has a shard of its own.
+        metadata: the header's text entries; None means `{"format": "pt"}`.
+
+    Raises:
+        SurgeonError: `plan-mismatch` where a tensor is not what its spec announced, or a name
+            comes twice.
+    """
+    folder = Path(folder)
+    shards = _shards(list(tensors), max_shard_bytes)
+    header = dict(metadata) if metadata is not None else {"format": "pt"}
+    if len(shards) == 1:
+        path = folder / "model.safetensors"
+        write_safetensors_file(path, shards[0], metadata=header)
+        return (path,)
+    files: list[Path] = []
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        path = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors_file(path, shard, metadata=header)
+        files.append(path)
+        weight_map.update({spec.name: path.name for spec in shard})
+    everything = [spec for shard in shards for spec in shard]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(spec.shape) for spec in everything),
+            "total_size": sum(spec.nbytes for spec in everything),
+        },
+        "weight_map": weight_map,
+    }
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return (*files, path)
+
+
+def _shards(specs: list[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Greedy, in the given order; what exceeds the limit alone is alone."""
+    _check_names(specs)
+    shards: list[list[TensorSpec]] = []
+    current: list[TensorSpec] = []
+    size = 0
+    for spec in specs:
+        if spec.nbytes > limit:
+            shards.append([spec])
+            continue
+        if size + spec.nbytes > limit:
+            shards.append(current)
+            current, size = [], 0
+        current.append(spec)
+        size += spec.nbytes
+    if current or not shards:
+        shards.append(current)
+    return shards
+
+
+def _check_names(specs: Iterable[TensorSpec]) -> None:
+    seen: set[str] = set()
+    for spec in specs:
+        if spec.name in seen:
+            raise _unannounced(spec, "the name comes twice")
+        seen.add(spec.name)
+
+
+def write_safetensors_file(
+    path: str | os.PathLike[str],
+    tensors: Iterable[TensorSpec],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one safetensors file, tensor by tensor, without a temporary name of its own.
+
+    Raises:
+        SurgeonError: `plan-mismatch`, as for `write_safetensors`.
+
+    Reference:
+        The format's own description (huggingface/safetensors, README, "Format"): 8 bytes of
+        header length, a JSON header padded to 8 bytes, the values without gaps.
+    """
+    # The widest elements first keeps every tensor aligned although there may be no gaps.
+    order = list(SAFETENSORS_NAMES)
+    specs = sorted(tensors, key=lambda spec: (-order.index(spec.dtype), spec.name))
+    _check_names(specs)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": SAFETENSORS_NAMES[spec.dtype][0],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.nbytes],
+        }
+        at += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            _write_values(file, spec)
+
+
+def _write_values(file: IO[bytes], spec: TensorSpec) -> None:
+    import torch
+
+    tensor = spec.load()
+    name = _short_names().get(tensor.dtype)
+    if name != spec.dtype or tuple(tensor.shape) != spec.shape:
+        made = f"{name} {list(tensor.shape)}"
+        raise _unannounced(spec, f"announced as {spec.dtype} {list(spec.shape)}, made as {made}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        values: Any = flat.view(torch.uint8).numpy()
+        file.write(memoryview(values))
+
+
+def _short_names() -> dict[torch.dtype, str]:
+    from surgeon.capture.exported import DTYPES
+
+    return DTYPES
+
+
+def _unannounced(spec: TensorSpec, why: str) -> SurgeonError:
+    return SurgeonError(
+        Code.PLAN_MISMATCH,
+        "a tensor is not what the plan announced",
+        at=spec.name,
+        why=why,
+        try_="check that the plan was made for this very model",
+    )
