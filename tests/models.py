@@ -84,13 +84,14 @@ def tokens(vocab: int, batch: int = 2, length: int = 12, *, seed: int = 0) -> to
 
 
 def tokenizer() -> Any:
-    """Returns a tokenizer of one token per printable ASCII character, 99 in all."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """Returns a tokenizer of one token per printable ASCII character, after a <s>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *map(chr, range(32, 127))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",

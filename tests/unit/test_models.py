@@ -46,5 +46,5 @@ def test_eps_and_weights_are_not_neutral(tiny):
 def test_tokenizer_round_trips(tiny_tokenizer):
     text = "The cat, 3 mats."
     ids = tiny_tokenizer(text)["input_ids"]
-    assert len(ids) == len(text) and max(ids) < 101
-    assert tiny_tokenizer.decode(ids) == text
+    assert ids[0] == 1 and len(ids) == 1 + len(text) and max(ids) < 101
+    assert tiny_tokenizer.decode(ids, skip_special_tokens=True) == text
