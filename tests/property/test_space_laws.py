@@ -123,7 +123,7 @@ class Coarse:
 
 
 def shuffled(draw: random.Random, equations: list[Equation]) -> list[Equation]:
-    out = [(r, l) if draw.random() < 0.5 else (l, r) for l, r in equations]
+    out = [(b, a) if draw.random() < 0.5 else (a, b) for a, b in equations]
     draw.shuffle(out)
     return out
 
@@ -172,7 +172,7 @@ def test_the_result_is_no_finer_than_the_hidden_refinement(seed: int):
             space.fresh(hidden_size(coarse.slots[len(space.extents)]))
         space.unify(left, right)
     for slot, expr in enumerate(coarse.slots):
-        found = [a for a in leaves(space.resolve((slot,)))]
+        found = list(leaves(space.resolve((slot,))))
         assert len(found) <= max(1, sum(SIZES[a] > 1 for a in leaves(expr)))
 
 
@@ -182,7 +182,7 @@ def test_unify_is_commutative_and_idempotent_and_conserves_sizes(seed: int):
     draw = random.Random(seed)
     coarse = Coarse(draw)
     equations = coarse.equations(3)
-    assert settled(coarse, [(r, l) for l, r in equations]) == settled(coarse, equations)
+    assert settled(coarse, [(b, a) for a, b in equations]) == settled(coarse, equations)
 
     space = coarse.space()
     for left, right in equations:

@@ -80,6 +80,15 @@ def test_halves_that_are_swapped_are_one_axis():
     assert text(s, x) == "(a:4 + a:4)"
 
 
+def test_a_part_that_was_cut_where_it_stood_before_is_cut_again():
+    s = Space()
+    x, y, z, w = axes(s, 6, 2, 8, 2)
+    s.unify((Sum((x, x)),), (Sum((y, z, w)),))
+    assert text(s, x) == "(a:2 + b:2 + c:2)"
+    assert text(s, x + z) == "(a:2 + b:2 + c:2) × (b:2 + c:2 + a:2 + b:2)"
+    assert s.resolve(x) == (Sum((s.resolve(y), s.resolve(x)[0].parts[1], s.resolve(w))),)
+
+
 def test_sums_of_sums_are_flat():
     s = Space()
     x, y, z = axes(s, 2, 3, 4)
