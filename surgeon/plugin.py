@@ -10,48 +10,73 @@ command-line options.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from surgeon.axes.axes import Axes, Axis
+from surgeon.axes.branches import Branch
+from surgeon.axes.budget import Budget, count
+from surgeon.axes.channels import occurrences
+from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, merged
+from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
+from surgeon.ir.program import Program
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Scores = Mapping[str, NDArray[np.float64]]
-    Kept = Mapping[str, NDArray[np.int64]]
+    GetScores = Callable[[Iterable[str]], Scores]
 
 __all__ = [
     "KINDS",
+    "Axes",
+    "Axis",
+    "Branch",
+    "Budget",
     "Code",
     "CompensatePass",
     "Context",
+    "Cut",
     "Pass",
+    "Plan",
     "ScorePass",
     "SelectPass",
+    "Selection",
     "SurgeonError",
     "TransformPass",
+    "count",
+    "counts",
+    "cut",
+    "merged",
+    "occurrences",
+    "operate",
 ]
 
 
-class Context(Protocol):
-    """What the driver hands to a pass: the program, its axes, and what the pass said it needs."""
+@dataclass(frozen=True)
+class Context:
+    """What the driver hands to a pass.
+
+    Attributes:
+        axes: the axes found in the program, with members, uses, gauges and pins.
+        weights: reads a parameter's tensor by name, when asked for.
+        targets: names of the axes and branches that a score is asked for.
+        seed: for anything that draws at random.
+    """
+
+    axes: Axes
+    weights: Callable[[str], Any]
+    targets: tuple[str, ...] = ()
+    seed: int = 0
+    notes: list[str] = field(default_factory=list[str])
 
     @property
-    def program(self) -> Any:
+    def program(self) -> Program:
         """The captured program: operations and parameters as metadata, no tensors."""
-        ...
-
-    @property
-    def axes(self) -> Any:
-        """The axes found in the program, by name, with their members, uses, gauges and pins."""
-        ...
-
-    @property
-    def weights(self) -> Mapping[str, Any]:
-        """The tensors by parameter name, read when asked for."""
-        ...
+        return self.axes.program
 
 
 class Pass(ABC):  # noqa: B024  (each kind adds the method that it is called by)
@@ -66,31 +91,31 @@ class ScorePass(Pass):
 
     @abstractmethod
     def score(self, context: Context) -> Scores:
-        """Returns by axis name a float64 array of shape [*outer sizes, size]."""
+        """Returns for each target a float64 array: `[*outer sizes, size]`, a branch's is `[]`."""
 
 
 class SelectPass(Pass):
-    """Turns scores and a budget into the indices that are kept."""
+    """Turns scores and a budget into a plan."""
 
     @abstractmethod
-    def select(self, context: Context, scores: Scores, budget: Any) -> Kept:
-        """Returns by axis name the kept indices, ascending, of shape [*outer sizes, kept]."""
+    def select(self, context: Context, scores: GetScores, budget: Budget) -> Plan:
+        """Returns the cuts and dropped branches; `scores` gives the scores of what it names."""
 
 
 class CompensatePass(Pass):
     """Makes up for what is removed by changing what is kept."""
 
     @abstractmethod
-    def compensate(self, context: Context, kept: Kept) -> Mapping[str, Any]:
-        """Returns by parameter name the linear rewrite to apply before slicing."""
+    def compensate(self, context: Context, plan: Plan) -> Mapping[str, Any]:
+        """Returns by parameter name the full-size tensor that replaces it before slicing."""
 
 
 class TransformPass(Pass):
-    """Changes the program or its weights without removing an index by itself."""
+    """Changes the weights without removing an index by itself."""
 
     @abstractmethod
     def transform(self, context: Context) -> Mapping[str, Any]:
-        """Returns by parameter name what replaces it."""
+        """Returns by parameter name the full-size tensor that replaces it."""
 
 
 KINDS: Mapping[str, type[Pass]] = {

@@ -233,7 +233,15 @@ class Selection:
 
     def full_width(self, expr: Expr) -> int:
         """Returns the size of an expression before anything was removed."""
-        return Selection(self.axes, Plan()).width(expr)
+        total = 1
+        for factor in expr:
+            if isinstance(factor, Sum):
+                total *= sum(self.full_width(part) for part in factor.parts)
+            else:
+                size = self.axes.sizes[factor]
+                assert isinstance(size, int)
+                total *= size
+        return total
 
     def shape(self, param: str) -> tuple[int, ...]:
         """Returns the new shape of a parameter."""

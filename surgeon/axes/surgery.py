@@ -123,7 +123,7 @@ def operate(axes: Axes, plan: Plan) -> Program:
         )
         new = replace(substitute_op(new, now), types=types)
         ops.append(new)
-        share = _share(axes, selection, index, op)
+        share = share_of(axes, selection, index, op)
         if share != 1.0:
             name = op.outputs[0] + "_of_all"
             scaled = replace(
@@ -144,7 +144,7 @@ def operate(axes: Axes, plan: Plan) -> Program:
     return replace(left, ops=tuple(ops), params=params, outputs=outputs)
 
 
-def _share(axes: Axes, selection: Selection, index: int, op: Op) -> float:
+def share_of(axes: Axes, selection: Selection, index: int, op: Op) -> float:
     """Returns kept/all of what an averaging operation averages over, 1 for any other."""
     if op.target != "aten.mean.dim":
         return 1.0

@@ -1,0 +1,68 @@
+"""Views of a tensor in which one axis is a dimension of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from surgeon.axes.axes import Axes, Axis
+from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.space import Factor, Sum
+
+Layout = list[Factor]
+
+
+def occurrences(axes: Axes, axis: Axis, param: str, tensor: Any) -> Iterator[Any]:
+    """Yields, for every place where a parameter carries an axis, a view of that place.
+
+    Each view has shape `[*outer sizes, size, rest]`: the enclosing axes of `axis.outer` (1 where
+    the parameter doesn't carry one), the axis itself, and everything else flattened.
+
+    Args:
+        axes: the axes of the program.
+        axis: the axis to isolate.
+        param: the parameter's name.
+        tensor: its values; anything with `reshape`, `permute` (or `transpose`) and slicing.
+    """
+    selection = Selection(axes, Plan())
+    layout: Layout = [factor for expr in axes.param_dims(param) for factor in expr]
+    view = tensor.reshape([selection.full_width((factor,)) for factor in layout] or [1])
+    walk = _Walk(axes, selection, axis)
+    yield from walk.places(view, layout, range(len(layout)))
+
+
+class _Walk:
+    def __init__(self, axes: Axes, selection: Selection, axis: Axis) -> None:
+        self.axes, self.selection, self.axis = axes, selection, axis
+        self.number = axes.number[axis.name]
+
+    def places(self, view: Any, layout: Layout, within: range) -> Iterator[Any]:
+        for place in within:
+            factor = layout[place]
+            if factor == self.number:
+                yield _ordered(self.axes, self.axis, view, layout, place)
+            elif isinstance(factor, Sum):
+                yield from self.parts(view, layout, place, factor)
+
+    def parts(self, view: Any, layout: Layout, place: int, total: Sum) -> Iterator[Any]:
+        offset = 0
+        for part in total.parts:
+            width = self.selection.full_width(part)
+            piece = view[(slice(None),) * place + (slice(offset, offset + width),)]
+            offset += width
+            sizes = [self.selection.full_width((factor,)) for factor in part]
+            shape = [*view.shape[:place], *sizes, *view.shape[place + 1 :]]
+            inner: Layout = [*layout[:place], *part, *layout[place + 1 :]]
+            yield from self.places(piece.reshape(shape), inner, range(place, place + len(part)))
+
+
+def _ordered(axes: Axes, axis: Axis, view: Any, layout: Layout, place: int) -> Any:
+    outer = [axes.number[name] for name in axis.outer]
+    places = [layout.index(o, 0, place) if o in layout[:place] else -1 for o in outer]
+    front = [p for p in places if p >= 0]
+    rest = [i for i in range(len(layout)) if i != place and i not in front]
+    moved = view.permute(*front, place, *rest) if hasattr(view, "permute") else view.transpose(
+        *front, place, *rest
+    )
+    sizes = [axes.by_name[n].size if p >= 0 else 1 for n, p in zip(axis.outer, places, strict=True)]
+    return moved.reshape([*sizes, axis.size, -1])

@@ -1,0 +1,238 @@
+"""Transformers configurations of pruned models: which fields say what, and which classes can say it.
+
+This is the one place that knows configuration field names. What a candidate really means is not
+believed from its fields: the model it describes is built without values and compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgeon.emit.layers import LayerShape
+
+HIDDEN = ("hidden_size", "n_embd", "word_embed_proj_dim")
+FFN = ("intermediate_size", "ffn_dim", "n_inner")
+HEADS = ("num_attention_heads", "n_head")
+KV_HEADS = ("num_key_value_heads",)
+HEAD_DIM = ("head_dim",)
+DEPTH = ("num_hidden_layers", "n_layer")
+
+PER_LAYER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose decoder layer the packaged modelling file spells out."""
+
+_COMMON = (
+    *("vocab_size", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
+    *("rope_parameters", "attention_dropout", "dtype"),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration has to say of a pruned model."""
+
+    hidden: int
+    layers: tuple[LayerShape, ...]
+    kept_layers: tuple[int, ...]
+    """Places, in the source, of the layers that are left."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A class and a configuration that may express a pruned model."""
+
+    model_class: type
+    config: Any
+    note: str = ""
+    """What the report says of it; empty for the source's own class."""
+    remote: bool = False
+
+
+def _set(data: dict[str, Any], config: Any, names: Sequence[str], value: int) -> None:
+    known = {**data, **{n: None for n in getattr(config, "attribute_map", {})}}
+    targets = [n for n in names if n in known]
+    for name in targets:
+        data[getattr(config, "attribute_map", {}).get(name, name)] = value
+
+
+def _sliced(data: dict[str, Any], depth: int, kept: Sequence[int]) -> None:
+    """Takes the entries of kept layers from every list that has one entry a layer."""
+    for name, value in data.items():
+        if isinstance(value, list) and len(value) == depth and name != "architectures":
+            data[name] = [value[i] for i in kept]
+
+
+def original(config: Any, model_class: type, shape: Shape) -> Candidate:
+    """Returns the source's own class with the new sizes.
+
+    Raises:
+        Exception: whatever the class raises for sizes it refuses.
+    """
+    data: dict[str, Any] = copy.deepcopy(config.to_dict())
+    depth = int(config.num_hidden_layers)
+    _sliced(data, depth, shape.kept_layers)
+    first = shape.layers[0]
+    _set(data, config, HIDDEN, shape.hidden)
+    _set(data, config, DEPTH, len(shape.kept_layers))
+    if first.ffn:
+        _set(data, config, FFN, first.ffn)
+    if first.heads:
+        _set(data, config, HEADS, first.heads)
+        _set(data, config, KV_HEADS, first.kv_heads)
+        _set(data, config, HEAD_DIM, first.qk)
+    data.pop("quantization_config", None)
+    data.pop("per_layer_config", None)
+    return Candidate(model_class, type(config).from_dict(data))
+
+
+def _common(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _COMMON if hasattr(config, name)}
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    first = shape.layers[0]
+    return {
+        "hidden_size": shape.hidden,
+        "intermediate_size": first.ffn,
+        "num_hidden_layers": len(shape.kept_layers),
+        "num_attention_heads": first.heads,
+        "num_key_value_heads": first.kv_heads,
+    }
+
+
+def mistral(config: Any, shape: Shape) -> Candidate:
+    """Returns Llama as Mistral without a window: the same names and sums, fewer conditions."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    data = {**_common(config), **_sizes(shape), "head_dim": shape.layers[0].qk}
+    out = MistralConfig(**data, sliding_window=None)
+    return Candidate(
+        MistralForCausalLM,
+        out,
+        "written as MistralForCausalLM without a window, because LlamaConfig wants hidden_size "
+        "divisible by the number of heads; names and results are the same",
+    )
+
+
+def granite(config: Any, shape: Shape) -> Candidate:
+    """Returns Llama with biases as Granite with multipliers 1 and the attention's own scale."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    out = GraniteConfig(
+        **_common(config),
+        **_sizes(shape),
+        attention_bias=bool(getattr(config, "attention_bias", False)),
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        attention_multiplier=shape.layers[0].scale,
+        embedding_multiplier=1.0,
+        residual_multiplier=1.0,
+        logits_scaling=1.0,
+    )
+    out.head_dim = shape.layers[0].qk
+    return Candidate(
+        GraniteForCausalLM,
+        out,
+        "written as GraniteForCausalLM with multipliers 1, because LlamaConfig wants hidden_size "
+        "divisible by the number of heads; names and results are the same",
+    )
+
+
+def stock(config: Any, model_class: type, shape: Shape) -> Iterator[tuple[str, Any]]:
+    """Yields makers of stock candidates by name, best first."""
+    yield model_class.__name__, lambda: original(config, model_class, shape)
+    if config.model_type in ("llama", "mistral"):
+        yield "MistralForCausalLM", lambda: mistral(config, shape)
+        yield "GraniteForCausalLM", lambda: granite(config, shape)
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Which projections of a family have a bias, as the captured parameters show."""
+
+    attention: bool
+    output: bool
+    mlp: bool
+    qk_norm: bool
+
+
+def per_layer(
+    config: Any,
+    shape: Shape,
+    biases: Biases,
+    *,
+    rotary_dim: int,
+    rotary_pairs: list[int] | None,
+    norm_mean_scale: float,
+    qk_norm_mean_scale: float,
+) -> dict[str, Any]:
+    """Returns the JSON of the packaged modelling file's configuration.
+
+    Attributes that all layers share are written once; `per_layer_config` holds what differs, in
+    the form that Transformers 5.14 and later read.
+    """
+    kept = shape.layers
+    base = next((s for s in kept if s.attention and s.mlp), None)
+    heads = next((s for s in kept if s.attention), base)
+    mlp = next((s for s in kept if s.mlp), base)
+    common: dict[str, Any] = {
+        "num_attention_heads": heads.heads if heads else 1,
+        "num_key_value_heads": heads.kv_heads if heads else 1,
+        "head_dim": heads.qk if heads else rotary_dim,
+        "v_head_dim": heads.v if heads else rotary_dim,
+        "intermediate_size": mlp.ffn if mlp else 1,
+        "attention_scaling": heads.scale if heads else 1.0,
+    }
+    layers: dict[str, dict[str, Any]] = {}
+    for place, layer in enumerate(kept):
+        own: dict[str, Any] = {}
+        if layer.attention:
+            own |= {
+                "num_attention_heads": layer.heads,
+                "num_key_value_heads": layer.kv_heads,
+                "head_dim": layer.qk,
+                "v_head_dim": layer.v,
+                "attention_scaling": layer.scale,
+            }
+        if layer.mlp:
+            own["intermediate_size"] = layer.ffn
+        own = {name: value for name, value in own.items() if common[name] != value}
+        skip = [n for n, on in (("attention", layer.attention), ("mlp", layer.mlp)) if not on]
+        if skip:
+            own["skip"] = skip
+        if own:
+            layers[str(place)] = own
+    windows = {s.window for s in kept if s.window is not None}
+    known = config.to_dict()
+    plain = ("hidden_act", "attention_dropout", "initializer_range", "use_cache", "pad_token_id")
+    plain += ("bos_token_id", "eos_token_id", "vocab_size", "rms_norm_eps", "rope_parameters")
+    plain += ("max_position_embeddings", "tie_word_embeddings", "dtype")
+    out: dict[str, Any] = {name: known[name] for name in plain if name in known}
+    out |= {
+        "source_model_type": config.model_type,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": len(kept),
+        **common,
+        "rotary_dim": rotary_dim,
+        "rotary_pairs": rotary_pairs,
+        "attention_bias": biases.attention,
+        "attention_output_bias": biases.output,
+        "mlp_bias": biases.mlp,
+        "qk_norm": biases.qk_norm,
+        "norm_mean_scale": norm_mean_scale,
+        "qk_norm_mean_scale": qk_norm_mean_scale,
+        "layer_types": [
+            "full_attention" if s.window is None else "sliding_attention" for s in kept
+        ],
+        "sliding_window": windows.pop() if len(windows) == 1 else None,
+    }
+    if layers:
+        out["per_layer_config"] = layers
+    return out
+
+
+def carried(config: Any) -> Mapping[str, Any]:
+    """Returns a configuration's fields as data."""
+    return config.to_dict()

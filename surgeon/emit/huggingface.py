@@ -1,0 +1,477 @@
+"""The Transformers target: a checkpoint that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.fold import Fold, Unfoldable, folds
+from surgeon.axes.plan import Plan, Selection, dropped
+from surgeon.axes.space import leaves
+from surgeon.axes.surgery import share_of
+from surgeon.capture.model import all_params, capture_model
+from surgeon.capture.buffers import computed_buffers
+from surgeon.emit.files import TensorSpec, write_safetensors
+from surgeon.emit.hf_config import (
+    PER_LAYER_FAMILIES,
+    Biases,
+    Candidate,
+    Shape,
+    per_layer,
+    stock,
+)
+from surgeon.emit.layers import LayerShape, layer_shapes
+from surgeon.errors import Code, SurgeonError
+from surgeon.ir.program import ParamRef
+from surgeon.runtime.apply import Get, removed
+
+MODELLING = Path(__file__).with_name("modeling_surgeon_pruned.py")
+AUTO_MAP = {
+    "AutoConfig": "modeling_surgeon_pruned.SurgeonPrunedConfig",
+    "AutoModelForCausalLM": "modeling_surgeon_pruned.SurgeonPrunedForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A fold with its base: the parameter p becomes base^exponent · (p + offset) − offset."""
+
+    base: float
+    fold: Fold
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the scaled tensor, computed in double precision."""
+        factor = self.base ** float(self.fold.exponent)
+        return (tensor.double() + self.fold.offset) * factor - self.fold.offset
+
+
+@dataclass(frozen=True)
+class Emission:
+    """Everything that makes a Transformers checkpoint of a plan.
+
+    Attributes:
+        candidate: class and configuration.
+        names: new parameter name by source name; a parameter that isn't named is not written.
+        scales: parameters that fold corrected averages in.
+        config_json: the configuration file's content where the packaged class reads it.
+        notes: what the report says of the choice.
+    """
+
+    candidate: Candidate
+    names: Mapping[str, str]
+    scales: Mapping[str, tuple[Scale, ...]]
+    config_json: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        """The class's name as `config.json` has it."""
+        if self.config_json is not None:
+            return "SurgeonPrunedForCausalLM"
+        return self.candidate.model_class.__name__
+
+
+class _Refused(Exception):
+    """A candidate can't express the plan. Its text is the reason."""
+
+
+def _hidden(axes: Axes, selection: Selection) -> int:
+    sizes = [selection.size(axes.number[a.name]) for a in axes.of_role("hidden")]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if len(numbers) != 1:
+        raise _Refused(f"the model has {len(numbers)} residual widths, and a configuration names one")
+    return numbers[0]
+
+
+def _renamed(axes: Axes, plan: Plan, kept: tuple[LayerShape, ...]) -> dict[str, str]:
+    """Returns the new name of every stored parameter that is left, layers numbered anew."""
+    gone = dropped(axes, plan)
+    out: dict[str, str] = {}
+    place: dict[str, str] = {}
+    for number, layer in enumerate(kept):
+        stem, _, _ = layer.path.rpartition(".")
+        place[layer.path] = f"{stem}.{number}"
+    lost = {b.layer for b in axes.branches} - set(place)
+    for p in axes.program.params:
+        if p.kind not in ("parameter", "buffer") or p.name in gone:
+            continue
+        if any(p.name.startswith(layer + ".") for layer in lost):
+            continue
+        name = p.name
+        for old, new in place.items():
+            if name.startswith(old + "."):
+                name = new + name[len(old) :]
+                break
+        out[p.name] = name
+    return out
+
+
+def choose(
+    axes: Axes, plan: Plan, config: Any, model_class: type, buffers: Mapping[str, torch.Tensor]
+) -> Emission:
+    """Returns how a plan is written for Transformers, the plainest way first.
+
+    Args:
+        axes: the axes of the source.
+        plan: a plan that fits them.
+        config: the source's configuration.
+        model_class: the source's class.
+        buffers: the tables that the source computes by itself, by name.
+
+    Raises:
+        SurgeonError: `target-refused`, with the reason of every way tried.
+    """
+    selection = Selection(axes, plan)
+    shapes = layer_shapes(axes, plan)
+    kept = tuple(s for s in shapes if s.attention or s.mlp)
+    reasons: list[str] = []
+    try:
+        if not shapes:
+            raise _Refused("the model has no decoder layers")
+        if not kept:
+            raise _Refused("no layer is left")
+        shape = Shape(
+            _hidden(axes, selection), kept, tuple(i for i, s in enumerate(shapes) if s in kept)
+        )
+    except _Refused as refused:
+        raise _refusal([str(refused)], config) from refused
+    names = _renamed(axes, plan, kept)
+    uniform = all(s.widths == kept[0].widths and s.attention and s.mlp for s in kept)
+    if uniform:
+        for label, make in stock(config, model_class, shape):
+            try:
+                return _stock(axes, selection, shape, names, _made(make), buffers)
+            except _Refused as refused:
+                reasons.append(f"{label}: {refused}")
+    else:
+        reasons.append(f"{model_class.__name__}: its layers differ in width or lack a branch")
+    if config.model_type in PER_LAYER_FAMILIES:
+        return _packaged(axes, selection, shape, names, config)
+    reasons.append(f"no per-layer modelling file for {config.model_type}")
+    raise _refusal(reasons, config)
+
+
+def _refusal(reasons: list[str], config: Any) -> SurgeonError:
+    return SurgeonError(
+        Code.TARGET_REFUSED,
+        "no Transformers class can express this plan",
+        at=f"target Transformers, model type {config.model_type}",
+        why="; ".join(reasons),
+        try_="the same share of every layer (--role ffn=…), or export to pt2 or ONNX",
+        data={"reasons": reasons},
+    )
+
+
+def _made(make: Callable[[], Candidate]) -> Candidate:
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return make()
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        raise _Refused(f"its configuration refuses the sizes ({last[:160]})") from error
+
+
+def _stock(
+    axes: Axes,
+    selection: Selection,
+    shape: Shape,
+    names: dict[str, str],
+    candidate: Candidate,
+    buffers: Mapping[str, torch.Tensor],
+) -> Emission:
+    """Returns the emission if the candidate's own model is the pruned one, part by part."""
+    try:
+        with torch.device("meta"):
+            model = candidate.model_class(candidate.config)
+        have = capture_model(model).program
+    except (SurgeonError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise _Refused(f"its model can't be built ({line[:160]})") from error
+    alias = {a: p.name for p in have.params for a in p.aliases}
+    stored = {p.name: p for p in all_params(model).values() if p.kind in ("parameter", "buffer")}
+    wanted = {alias.get(new, new): selection.shape(old) for old, new in names.items()}
+    for name, size in wanted.items():
+        if name not in stored:
+            raise _Refused(f"it has no parameter {name}")
+        if stored[name].type.shape != size:
+            raise _Refused(f"{name} would be {list(stored[name].type.shape)}, it is {list(size)}")
+    missing = [p.name for p in have.params if p.kind == "parameter" and p.name not in wanted]
+    if missing:
+        raise _Refused(f"it has a parameter {missing[0]} that the pruned model lacks")
+    _same_attention(shape, have)
+    fixed = _buffers(axes, selection, candidate, buffers)
+    scales = _scales(axes, selection, fixed)
+    notes = [candidate.note] if candidate.note else []
+    if scales:
+        notes.append(
+            f"averages over kept channels are folded into {len(scales)} parameters, so that they "
+            "stay what they were with the channels masked"
+        )
+    return Emission(candidate, names, scales, None, tuple(notes))
+
+
+def _same_attention(shape: Shape, have: Any) -> None:
+    literals = [
+        (float(op.kwarg("scale", 0.0)), op.kwarg("window"))
+        for op in have.ops
+        if op.target == "surgeon.attention"
+    ]
+    if not literals:
+        return  # captured as it stands: verification compares results
+    for layer, (scale, window) in zip(shape.layers, literals, strict=True):
+        if not math.isclose(scale, layer.scale, rel_tol=1e-6):
+            raise _Refused(
+                f"it would scale attention by {scale:.6g}, the model uses {layer.scale:.6g}"
+            )
+        if window != layer.window:
+            raise _Refused(f"{layer.path} would have the window {window}, it has {layer.window}")
+
+
+def _buffers(
+    axes: Axes, selection: Selection, candidate: Candidate, buffers: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """Compares the tables that the candidate computes by itself with those the model needs.
+
+    Returns the buffers that come out as a multiple of what is needed, by name; a table of
+    positions must agree exactly.
+    """
+    needed = axes.program.params
+    theirs = computed_buffers(candidate.model_class, candidate.config)
+    out: dict[str, float] = {}
+    for p in needed:
+        if p.kind != "computed":
+            continue
+        want = removed(selection, p.name, buffers[p.name])
+        got = theirs.get(p.name)
+        if got is None or got.shape != want.shape:
+            size = None if got is None else list(got.shape)
+            raise _Refused(f"it computes {p.name} as {size}, the model needs {list(want.shape)}")
+        if torch.equal(got.double(), want.double()):
+            continue
+        ratio = got.double() / want.double()
+        if want.numel() != 1:
+            if torch.allclose(got.double(), want.double(), rtol=1e-6):
+                continue
+            raise _Refused(f"it computes other values for {p.name}")
+        out[p.name] = float(ratio)
+    return out
+
+
+def _scales(
+    axes: Axes, selection: Selection, fixed: Mapping[str, float]
+) -> dict[str, tuple[Scale, ...]]:
+    """Returns what folds the corrected averages into weights, one fold per share."""
+    groups: dict[float, list[int]] = {}
+    for index, op in enumerate(axes.program.ops):
+        share = share_of(axes, selection, index, op)
+        if share != 1.0:
+            groups.setdefault(share, []).append(index)
+    if fixed and not groups:
+        name = next(iter(fixed))
+        raise _Refused(f"it computes {name} as {fixed[name]:.6g} times what the model needs")
+    out: dict[str, tuple[Scale, ...]] = {}
+    left = dict(fixed)
+    for share, averages in groups.items():
+        base = math.sqrt(share)
+        exponents: dict[str, Fraction] = {}
+        for name, ratio in list(left.items()):
+            power = math.log(ratio) / math.log(base)
+            if abs(power - round(power)) < 1e-4:
+                exponents[name] = Fraction(round(power))
+                del left[name]
+        try:
+            found = folds(axes.program, frozenset(averages), exponents)
+        except Unfoldable as error:
+            raise _Refused(
+                f"the average over removed channels can't be folded into weights ({error})"
+            ) from error
+        for name, fold in found.items():
+            out[name] = (*out.get(name, ()), Scale(base, fold))
+    if left:
+        name = next(iter(left))
+        raise _Refused(f"it computes {name} as {left[name]:.6g} times what the model needs")
+    return out
+
+
+def _packaged(
+    axes: Axes, selection: Selection, shape: Shape, names: dict[str, str], config: Any
+) -> Emission:
+    """Returns the emission for the packaged modelling file, which reads widths per layer."""
+    biases = _biases(axes, names)
+    norms: dict[str, set[float]] = {"hidden": set(), "qk": set()}
+    hidden = {axes.number[a.name] for a in axes.of_role("hidden")}
+    for index, op in enumerate(axes.program.ops):
+        if op.target != "aten.mean.dim":
+            continue
+        ref = op.arg(0)
+        carried = axes.dims[("$" if isinstance(ref, ParamRef) else "%") + ref.name]  # type: ignore[union-attr]
+        kind = "hidden" if hidden & set(leaves(carried[-1])) else "qk"
+        norms[kind].add(share_of(axes, selection, index, op))
+    rotary = axes.of_role("rotary")
+    pairs: list[int] | None = None
+    rotary_dim = 0
+    if len(rotary) == 1:
+        rotary_dim = 2 * rotary[0].size
+        found = selection.plan.by_axis.get(rotary[0].name)
+        pairs = [int(i) for i in found.array] if found else None
+    data = per_layer(
+        config,
+        shape,
+        biases,
+        rotary_dim=int(getattr(config, "rotary_dim", None) or rotary_dim),
+        rotary_pairs=_composed(getattr(config, "rotary_pairs", None), pairs),
+        norm_mean_scale=max(norms["hidden"], default=1.0),
+        qk_norm_mean_scale=max(norms["qk"], default=1.0),
+    )
+    data["architectures"] = ["SurgeonPrunedForCausalLM"]
+    data["auto_map"] = AUTO_MAP
+    data["model_type"] = "surgeon_pruned"
+    note = (
+        "layers differ in width or shape, so the checkpoint carries its modelling file: load it "
+        "with trust_remote_code=True (it does not need Surgeon)"
+    )
+    candidate = Candidate(object, None, note, remote=True)
+    return Emission(candidate, names, {}, data, (note,))
+
+
+def _composed(before: list[int] | None, kept: list[int] | None) -> list[int] | None:
+    if before is None or kept is None:
+        return kept if before is None else before
+    return [before[i] for i in kept]
+
+
+def _biases(axes: Axes, names: Mapping[str, str]) -> Biases:
+    """Reads from the captured parameters which projections have a bias, by their axes."""
+    role = {axes.number[a.name]: a.role for a in axes.axes}
+    attention = output = mlp = qk_norm = False
+    for name in names:
+        dims = axes.param_dims(name)
+        if len(dims) != 1:
+            continue
+        roles = {role.get(a, "") for a in leaves(dims[0])}
+        if "kv_heads" in roles:
+            attention = True
+        elif "ffn" in roles:
+            mlp = True
+        elif roles & {"rotary", "qk"}:
+            qk_norm = True
+        elif "hidden" in roles:
+            readers = [axes.program.ops[i] for i in axes.program.readers.get(name, ())]
+            for op in readers:
+                if op.target == "aten.linear.default" and op.arg(2) == ParamRef(name):
+                    weight = op.arg(1)
+                    assert isinstance(weight, ParamRef)
+                    inner = {role.get(a, "") for a in leaves(axes.param_dims(weight.name)[1])}
+                    output = output or "kv_heads" in inner
+                    mlp = mlp or "ffn" in inner
+    return Biases(attention, output, mlp, qk_norm)
+
+
+def final(
+    emission: Emission, selection: Selection, get: Get, name: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns a parameter as the checkpoint stores it: sliced, folded, then rounded once."""
+    tensor = removed(selection, name, get(name))
+    for scale in emission.scales.get(name, ()):
+        tensor = scale.apply(tensor)
+    return tensor.to(dtype).contiguous()
+
+
+def write(
+    folder: Path,
+    emission: Emission,
+    selection: Selection,
+    get: Get,
+    dtype_of: Callable[[str], torch.dtype],
+    *,
+    tokenizer_files: tuple[Path, ...] = (),
+    tokenizer: Any = None,
+    generation_config: Any = None,
+) -> None:
+    """Writes the checkpoint into an existing folder, one tensor at a time."""
+    from surgeon.capture.exported import DTYPES
+
+    def load(name: str) -> torch.Tensor:
+        return final(emission, selection, get, name, dtype_of(name))
+
+    specs = [
+        TensorSpec(new, DTYPES[dtype_of(old)], selection.shape(old), lambda old=old: load(old))
+        for old, new in emission.names.items()
+    ]
+    write_safetensors(folder, specs)
+    if emission.config_json is not None:
+        text = json.dumps(emission.config_json, indent=2, default=str) + "\n"
+        (folder / "config.json").write_text(text)
+        shutil.copyfile(MODELLING, folder / MODELLING.name)
+    else:
+        config = emission.candidate.config
+        config.architectures = [emission.architecture]
+        config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for file in tokenizer_files:
+        shutil.copyfile(file, folder / file.name)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+
+
+def with_dtype(emission: Emission, dtype: torch.dtype) -> Emission:
+    """Returns the emission with the element type that loading should give."""
+    name = str(dtype).removeprefix("torch.")
+    if emission.config_json is not None:
+        return replace(emission, config_json={**emission.config_json, "dtype": name})
+    emission.candidate.config.dtype = dtype
+    return emission
+
+
+def in_memory(
+    emission: Emission,
+    selection: Selection,
+    get: Get,
+    dtype_of: Callable[[str], torch.dtype],
+) -> Any:
+    """Returns the model of an emission without writing it: what loading the checkpoint gives."""
+    if emission.config_json is not None:
+        from surgeon.emit.modeling_surgeon_pruned import (
+            SurgeonPrunedConfig,
+            SurgeonPrunedForCausalLM,
+        )
+
+        data = {k: v for k, v in emission.config_json.items() if k not in ("auto_map", "model_type")}
+        config: Any = SurgeonPrunedConfig(**data)
+        model_class: Any = SurgeonPrunedForCausalLM
+    else:
+        config, model_class = emission.candidate.config, emission.candidate.model_class
+    model = model_class(config)
+    state = {
+        new: final(emission, selection, get, old, dtype_of(old))
+        for old, new in emission.names.items()
+    }
+    model.to(next(iter(state.values())).dtype if state else torch.float32)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {alias for p in all_params(model).values() for alias in p.aliases}
+    if unexpected or set(missing) - tied - set(_unread(model, state)):
+        raise SurgeonError(
+            Code.TARGET_REFUSED,
+            f"{type(model).__name__} does not have the pruned model's parameters",
+            at=f"missing {missing[:3]}, unexpected {unexpected[:3]}",
+            why="the class and the emitted tensors don't agree",
+            try_="report this with the plan and the configuration",
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def _unread(model: Any, state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Returns stored buffers that the class makes by itself and that the program never reads."""
+    return [n for n, _ in model.named_buffers() if n not in state]

@@ -1,0 +1,96 @@
+"""The shape of every decoder layer after a plan, read off the axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.branches import ATTENTION, Branch
+from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.space import leaves
+from surgeon.ir.program import Op, ParamRef, Ref
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Widths of one layer; 0 where the branch is missing.
+
+    `qk` is the width of one query or key head, `v` of one value head; `window` and `scale` are
+    the attention's own literals.
+    """
+
+    path: str
+    heads: int = 0
+    kv_heads: int = 0
+    qk: int = 0
+    v: int = 0
+    ffn: int = 0
+    scale: float = 0.0
+    window: int | None = None
+
+    @property
+    def attention(self) -> bool:
+        """Whether the layer has attention."""
+        return self.heads > 0
+
+    @property
+    def mlp(self) -> bool:
+        """Whether the layer has an MLP."""
+        return self.ffn > 0
+
+    @property
+    def widths(self) -> tuple[object, ...]:
+        """Everything but the place and the window: what must agree for a uniform model."""
+        return (self.heads, self.kv_heads, self.qk, self.v, self.ffn, self.scale)
+
+
+def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, object]:
+    ops = [axes.program.ops[i] for i in branch.ops]
+    attention = [op for op in ops if op.target in ATTENTION]
+    if attention:
+        return _attention(axes, selection, attention[0])
+    widths = {
+        axis.name: selection.size(axes.number[axis.name])
+        for axis in axes.of_role("ffn")
+        if {m.param for m in axis.members} & set(branch.params)
+    }
+    sizes = [size for size in widths.values() if isinstance(size, int)]
+    return {"ffn": sizes[0]} if len(sizes) == 1 else {}
+
+
+def _attention(axes: Axes, selection: Selection, op: Op) -> dict[str, object]:
+    q, k, v = axes.dims[_key(op, 0)], axes.dims[_key(op, 1)], axes.dims[_key(op, 2)]
+    groups = [
+        a
+        for a in leaves(k[1])
+        if a in axes.numbered and axes.numbered[a].role == "kv_heads"
+    ]
+    kv_heads = prod(s for s in (selection.size(a) for a in groups) if isinstance(s, int))
+    scale, window = op.kwarg("scale"), op.kwarg("window")
+    before = selection.full_width(q[-1])
+    return {
+        "heads": selection.width(q[1]),
+        "kv_heads": kv_heads,
+        "qk": selection.width(q[-1]),
+        "v": selection.width(v[-1]),
+        "scale": float(scale) if isinstance(scale, int | float) else before**-0.5,
+        "window": window if isinstance(window, int) else None,
+    }
+
+
+def _key(op: Op, index: int) -> str:
+    ref = op.arg(index)
+    assert isinstance(ref, Ref | ParamRef)
+    return ("%" if isinstance(ref, Ref) else "$") + ref.name
+
+
+def layer_shapes(axes: Axes, plan: Plan) -> tuple[LayerShape, ...]:
+    """Returns the shape of every layer of the model, those without any branch left included."""
+    selection = Selection(axes, plan)
+    found: dict[str, dict[str, object]] = {}
+    for branch in axes.branches:
+        widths = found.setdefault(branch.layer, {})
+        if branch.name not in plan.branches:
+            widths.update(_branch(axes, selection, branch))
+    return tuple(LayerShape(path, **widths) for path, widths in found.items())  # type: ignore[arg-type]

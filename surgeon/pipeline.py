@@ -1,0 +1,521 @@
+"""Drives passes: from a source to a plan, from a plan to a smaller model."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.budget import Budget, allowed, check_ratio, count, decoder_params
+from surgeon.axes.plan import Plan, Selection, check
+from surgeon.axes.settle import analyse
+from surgeon.axes.surgery import operate
+from surgeon.errors import Code, SurgeonError
+from surgeon.ir.program import Program
+from surgeon.ir.verify import verify as verify_program
+from surgeon.plugin import Context
+from surgeon.registry import build
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from surgeon.capture.source import Source
+    from surgeon.emit.huggingface import Emission
+    from surgeon.report.verify import Verification
+
+
+
+@dataclass(frozen=True)
+class Model:
+    """A captured model: its program, its axes, and where its tensors are read."""
+
+    source: Source | None
+    program: Program
+    axes: Axes
+    tensors: Mapping[str, torch.Tensor] | None
+    fixed: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
+    seconds: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """What people call the model."""
+        return self.source.id if self.source else "module"
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a parameter or buffer as fp32 (integers as they are), in full size.
+
+        Raises:
+            SurgeonError: `missing-file` where only the configuration is known.
+        """
+        found = self.fixed.get(name)
+        if found is None:
+            if self.tensors is None:
+                raise _no_weights(self.id)
+            found = self.tensors[name]
+        return found.float() if found.is_floating_point() else found
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the element type in which a parameter is stored."""
+        if name in self.fixed or self.tensors is None:
+            return self.fixed[name].dtype
+        get = getattr(self.tensors, "dtype", None)
+        return get(name) if get else self.tensors[name].dtype
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the tensors' names, types, shapes and first bytes."""
+        get = getattr(self.tensors, "fingerprint", None)
+        return get() if get else ""
+
+
+def _no_weights(where: str) -> SurgeonError:
+    return SurgeonError(
+        Code.MISSING_FILE,
+        "there are no weights to read",
+        at=where,
+        why="only a configuration was given, which is enough to inspect and to plan sizes",
+        try_="give a checkpoint folder, a GGUF file or a hub id; or add --dry-run",
+    )
+
+
+def open_model(
+    source: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Returns a source captured and analysed.
+
+    Args:
+        source: a Transformers model, a checkpoint folder, a `config.json`, a GGUF file, a hub id,
+            the alias `smollm2`, an `ExportedProgram`, or any module with `example_inputs`.
+        example_inputs: what to trace any other module with.
+        dynamic_shapes: as `torch.export.export` takes them.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+    """
+    if isinstance(source, Model):
+        return source
+    start = time.perf_counter()
+    generic = _open_module(source, example_inputs, dynamic_shapes)
+    if generic is not None:
+        return replace(generic, seconds=time.perf_counter() - start)
+    from surgeon.capture.buffers import computed_buffers
+    from surgeon.capture.model import capture_model
+    from surgeon.capture.source import resolve
+
+    found = resolve(source, trust_remote_code=trust_remote_code)
+    captured = capture_model(found.meta_model())
+    axes = analyse(captured.program)
+    weights = found.weights
+    fixed = dict(captured.constants)
+    if weights is not None:
+        weights.check(captured.program.params)
+        fixed |= computed_buffers(found.model_class, found.config)
+    return Model(
+        found, captured.program, axes, weights, fixed, time.perf_counter() - start
+    )
+
+
+def _open_module(source: Any, example_inputs: Any, dynamic_shapes: Any) -> Model | None:
+    if isinstance(source, str | Path):
+        return None
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    from surgeon.capture.model import capture_exported, capture_module
+
+    if isinstance(source, ExportedProgram):
+        exported, captured = source, capture_exported(source)
+    elif isinstance(source, nn.Module) and example_inputs is not None:
+        captured, exported = capture_module(source, example_inputs, None, dynamic_shapes)
+    else:
+        return None
+    tensors = {**exported.state_dict, **exported.constants, **captured.constants}
+    return Model(None, captured.program, analyse(captured.program), tensors)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a prune did, as `surgeon.json` holds it."""
+
+    source: Mapping[str, str]
+    recipe: Sequence[Mapping[str, Any]]
+    parameters: Mapping[str, Mapping[str, int]]
+    ratio: Mapping[str, float]
+    axes: Sequence[Mapping[str, Any]]
+    branches: Sequence[str]
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    target: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    verification: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """Returns the report as JSON text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A plan together with the model it was made for; the smaller model is made when asked for."""
+
+    origin: Model
+    plan: Plan
+    report: Report
+    rewrites: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of the model before."""
+        return self.origin.axes
+
+    @cached_property
+    def program(self) -> Program:
+        """The program after the plan."""
+        return verify_program(operate(self.axes, self.plan))
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The plan's arithmetic on tensors."""
+        return Selection(self.axes, self.plan)
+
+    def full(self, name: str) -> torch.Tensor:
+        """Returns a parameter in full size with rewrites applied, fp32."""
+        found = self.rewrites.get(name)
+        return self.origin.read(name) if found is None else found.float()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Returns a parameter of `program`, fp32."""
+        from surgeon.runtime.apply import removed
+
+        return removed(self.selection, name, self.full(name))
+
+    @cached_property
+    def emission(self) -> Emission:
+        """How the result is written for Transformers.
+
+        Raises:
+            SurgeonError: `target-refused` where no class can express it.
+        """
+        from surgeon.emit.huggingface import choose
+
+        source = self._source()
+        return choose(
+            self.axes, self.plan, source.config, source.model_class, self.origin.fixed
+        )
+
+    def _source(self) -> Source:
+        if self.origin.source is None:
+            raise SurgeonError(
+                Code.TARGET_REFUSED,
+                "this result is no Transformers model",
+                at=self.origin.id,
+                why="it was captured from a module or an exported program",
+                try_="use `.model` or `.save(path)`, which writes a .pt2 file",
+            )
+        return self.origin.source
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The smaller model: of Transformers if it came from there, otherwise a `GraphModule`."""
+        if self.origin.source is None:
+            from surgeon.runtime.lower import lower
+
+            return lower(self.program, self.tensor)
+        from surgeon.emit.huggingface import in_memory
+
+        return in_memory(self.emission, self.selection, self.full, self.origin.dtype)
+
+    def verify(self, tokenizer: Any = None) -> Verification:
+        """Returns how the smaller model compares with the masked one.
+
+        Raises:
+            SurgeonError: `verify-failed` where they differ.
+        """
+        import torch
+
+        from surgeon.report import verify as v
+
+        masked_model = v.reference(self.axes, self.plan, self.full)
+        if self.origin.source is None:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "a plain module is verified by its own inputs",
+                at=self.origin.id,
+                why="only language models have known inputs",
+                try_="compare `.model` with `surgeon.masked` on inputs of your own",
+            )
+        from surgeon.emit.huggingface import in_memory
+
+        wide = in_memory(
+            self.emission, self.selection, self.full, lambda _: torch.float32
+        )
+        inputs = v.probes(_vocabulary(self._source().config), tokenizer)
+        forward = v.transformers_forward(wide)
+        found = v.check(forward, masked_model, inputs, self.axes, self.plan)
+        if any(self.origin.dtype(n) != torch.float32 for n in self.emission.names):
+            rounded = v.transformers_forward(self.model.float())
+            cast = max(d.largest for d in v.differences(rounded, forward, inputs))
+            found = replace(found, cast=cast)
+            self.__dict__.pop("model", None)  # it was widened in place
+        return found
+
+    def save(
+        self, path: str | Path, *, overwrite: bool = False, verify: bool = True
+    ) -> Report:
+        """Writes the checkpoint, the plan and the report; nothing is there until all of it is.
+
+        Args:
+            path: a folder that doesn't exist yet, or is empty.
+            overwrite: replace an earlier result.
+            verify: compare with the masked reference first, and read back what was written.
+
+        Raises:
+            SurgeonError: `bad-output`, `disk-full`, `target-refused` or `verify-failed`.
+        """
+        from surgeon.saving import save
+
+        return save(self, Path(path), overwrite=overwrite, verify=verify)
+
+
+def _vocabulary(config: Any) -> int:
+    return int(config.vocab_size)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    names = ("model-surgeon", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def prune(
+    source: Any,
+    *,
+    ratio: float | None = None,
+    roles: Mapping[str, float] | None = None,
+    freeze: Iterable[str] = (),
+    only: Iterable[str] = (),
+    score: str = "magnitude",
+    select: str = "uniform",
+    score_options: Mapping[str, Any] | None = None,
+    select_options: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
+    rewrites: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    verify: bool = False,
+    example_inputs: Sequence[Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_remote_code: bool = False,
+) -> Pruned:
+    """Returns a smaller model; the source is not modified.
+
+    Args:
+        source: what `open_model` takes.
+        ratio: share of the decoder-layer parameters to remove.
+        roles: share of the indices to remove by role, such as `{"ffn": 0.25, "kv_heads": 1/3}`;
+            `layers` drops whole layers. `ratio` then fills the remaining roles.
+        freeze: globs over axes and module paths that stay whole.
+        only: globs over axes and module paths; nothing else is pruned.
+        score: a score pass.
+        select: a selection pass.
+        score_options: the score pass's options.
+        select_options: the selection pass's options.
+        plan: replay this plan instead of making one.
+        rewrites: full-size tensors that belong to a replayed plan.
+        seed: for passes that draw at random.
+        verify: compare with the masked reference now (`save` does it in any case).
+        example_inputs: for a module that is not of Transformers.
+        dynamic_shapes: the same.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+
+    Raises:
+        SurgeonError: with the reason, before anything is written.
+    """
+    roles = dict(roles or {})
+    if plan is None:
+        if ratio is None and not roles:
+            raise SurgeonError(
+                Code.BAD_RATIO,
+                "nothing says how much to remove",
+                at="--ratio, --role",
+                why="neither a ratio nor a role was given",
+                try_="--ratio 0.2, or --role ffn=0.25",
+            )
+        if ratio is not None:
+            check_ratio(ratio, "--ratio")
+        for role, share in roles.items():
+            check_ratio(share, f"--role {role}")
+    origin = open_model(
+        source,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        trust_remote_code=trust_remote_code,
+    )
+    recipe: list[dict[str, Any]] = []
+    notes: list[str] = []
+    start = time.perf_counter()
+    if plan is None:
+        axes, branches = allowed(origin.axes, freeze, only)
+        budget = Budget(ratio, roles, decoder_params(origin.axes), axes, branches)
+        plan = _select(
+            origin, budget, (score, score_options), (select, select_options), seed, recipe, notes
+        )
+    else:
+        recipe.append({"pass": "replay", "options": {"source": dict(plan.source)}})
+    check(origin.axes, plan)
+    if origin.tensors is not None:
+        plan = replace(
+            plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id))
+        )
+    seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
+    report = _report(origin, plan, recipe, notes, ratio, seconds)
+    result = Pruned(origin, plan, report, dict(rewrites or {}))
+    verify_program(result.program)
+    if verify:
+        found = result.verify()
+        result = replace(result, report=replace(report, verification=found.to_json()))
+    return result
+
+
+def _select(
+    origin: Model,
+    budget: Budget,
+    score: tuple[str, Mapping[str, Any] | None],
+    select: tuple[str, Mapping[str, Any] | None],
+    seed: int,
+    recipe: list[dict[str, Any]],
+    notes: list[str],
+) -> Plan:
+    scorer: Any = build("score", score[0], score[1] or {})
+    selector: Any = build("select", select[0], select[1] or {})
+    context = Context(origin.axes, origin.read, seed=seed, notes=notes)
+    spent = [0.0]
+
+    def scores(names: Iterable[str]) -> Mapping[str, Any]:
+        begin = time.perf_counter()
+        wanted = tuple(names)
+        found = scorer.score(replace(context, targets=wanted))
+        _check_scores(origin.axes, score[0], wanted, found)
+        spent[0] += time.perf_counter() - begin
+        return found
+
+    start = time.perf_counter()
+    plan = selector.select(context, scores, budget)
+    whole = time.perf_counter() - start
+    recipe.append(
+        {"pass": f"score/{score[0]}", "options": asdict(scorer), "seconds": spent[0]}
+    )
+    options = {**asdict(selector), "ratio": budget.ratio, "roles": dict(budget.roles)}
+    recipe.append(
+        {"pass": f"select/{select[0]}", "options": options, "seconds": whole - spent[0]}
+    )
+    return plan
+
+
+def _check_scores(
+    axes: Axes, name: str, wanted: tuple[str, ...], found: Mapping[str, Any]
+) -> None:
+    import numpy as np
+
+    for target in wanted:
+        array = found.get(target)
+        axis = axes.by_name.get(target)
+        ok = array is not None and bool(np.isfinite(array).all())
+        if ok and axis is not None:
+            outer = tuple(axes.by_name[o].size for o in axis.outer)
+            ok = array.shape in ((axis.size,), (*outer, axis.size))
+        if not ok:
+            raise SurgeonError(
+                Code.BAD_PLAN,
+                f"score/{name} gave no usable scores for {target}",
+                at=target,
+                why="scores must be finite numbers, one for each index",
+                try_="check the weights for NaN, and the pass",
+            )
+
+
+def _report(
+    origin: Model,
+    plan: Plan,
+    recipe: list[dict[str, Any]],
+    notes: list[str],
+    ratio: float | None,
+    seconds: Mapping[str, float],
+) -> Report:
+    after = operate(origin.axes, plan)
+    decoder = decoder_params(origin.axes)
+    every = [p.name for p in origin.program.params if p.kind == "parameter"]
+    parameters = {
+        label: {"before": count(origin.program, names), "after": count(after, names)}
+        for label, names in (("decoder", decoder), ("total", every))
+    }
+    selection = Selection(origin.axes, plan)
+    gone = 1 - parameters["decoder"]["after"] / max(1, parameters["decoder"]["before"])
+    sizes = [
+        {
+            "name": a.name,
+            "role": a.role,
+            "before": a.size,
+            "after": selection.size(origin.axes.number[a.name]),
+        }
+        for a in origin.axes.axes
+    ]
+    return Report(
+        {"id": origin.id, **dict(plan.source)},
+        tuple(recipe),
+        parameters,
+        {"removed": gone, **({"asked": ratio} if ratio is not None else {})},
+        sizes,
+        plan.branches,
+        seconds,
+        versions(),
+        tuple(notes),
+    )
+
+
+def capture(source: Any, **options: Any) -> Program:
+    """Returns the program of a source; `options` are those of `open_model`."""
+    return open_model(source, **options).program
+
+
+def verify(
+    folder: str | Path, *, source: Any = None, trust_remote_code: bool = False
+) -> Verification:
+    """Returns how a written checkpoint compares with the masked reference of its plan.
+
+    Args:
+        folder: what `Pruned.save` wrote.
+        source: the model it was made from; by default the one that the plan names.
+        trust_remote_code: run modelling code that comes with the source.
+
+    Raises:
+        SurgeonError: `verify-failed`, `plan-mismatch`, or why one of both can't be read.
+    """
+    from surgeon.saving import read_plan, tokenizer_of, verify_folder
+
+    folder = Path(folder)
+    plan, rewrites = read_plan(folder)
+    origin = open_model(
+        dict(plan.source).get("id", "") if source is None else source,
+        trust_remote_code=trust_remote_code,
+    )
+    made_for = dict(plan.source).get("fingerprint")
+    if made_for and origin.fingerprint() != made_for:
+        raise SurgeonError(
+            Code.PLAN_MISMATCH,
+            "this is not the model that the plan was made for",
+            at=origin.id,
+            why="the tensors have another fingerprint than the plan records",
+            try_="give the right one with --source",
+            data={"expected": made_for, "found": origin.fingerprint()},
+        )
+    again = prune(origin, plan=plan, rewrites=rewrites)
+    return verify_folder(again, folder, tokenizer_of(None, folder))

@@ -1,0 +1,201 @@
+"""Removed equals masked: the check that every emitted model has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.surgery import without_branches
+from surgeon.errors import Code, SurgeonError
+from surgeon.runtime.apply import Get, kept_only, masked
+from surgeon.runtime.lower import lower
+
+TOLERANCE = 1e-4
+"""Largest difference allowed, as a share of the largest logit."""
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From token ids, mask and positions, each `[batch, seq]`, to logits `[batch, seq, vocab]`."""
+
+TEXTS = (
+    "The surgeon looked at the picture for a long time before she said anything.",
+    "In 1879 a bridge fell",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One batch of inputs that both sides run on."""
+
+    name: str
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Positions counted from the first real token, `[batch, seq]`."""
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models are apart on one probe, as a share of the largest logit."""
+
+    probe: str
+    largest: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of a comparison with the masked reference.
+
+    Attributes:
+        largest: largest difference over the probes, as a share of the largest logit.
+        tolerance: what was allowed.
+        probes: the difference for each probe.
+        exact: whether removal is what masking gives; otherwise normalisers of the reference see
+            kept channels only.
+        reasons: why it isn't, if it isn't.
+        cast: largest difference that rounding to the checkpoint's element type makes, if any.
+        rounded: whether every stored tensor is the rounding of the verified one, bit for bit.
+    """
+
+    largest: float
+    tolerance: float
+    probes: tuple[Difference, ...]
+    exact: bool = True
+    reasons: tuple[str, ...] = ()
+    cast: float | None = None
+    rounded: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the outcome as plain data."""
+        return asdict(self)
+
+
+def probes(vocab: int, tokenizer: Any = None, *, length: int = 24, seed: int = 0) -> list[Probe]:
+    """Returns random and, with a tokenizer, text inputs: whole, left-padded and right-padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (2, length), generator=generator)
+    whole = torch.ones_like(ids)
+    left, right = whole.clone(), whole.clone()
+    left[0, : length // 3] = 0
+    right[1, length - length // 4 :] = 0
+    found = [
+        Probe("random", ids, whole),
+        Probe("random, padded left", ids, left),
+        Probe("random, padded right", ids, right),
+    ]
+    if tokenizer is not None:
+        rows = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
+        width = max(map(len, rows))
+        for side in ("left", "right"):
+            batch, mask = torch.zeros(len(rows), width, dtype=torch.long), []
+            for i, row in enumerate(rows):
+                place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+                batch[i, place] = torch.tensor(row)
+                on = torch.zeros(width, dtype=torch.long)
+                on[place] = 1
+                mask.append(on)
+            found.append(Probe(f"text, padded {side}", batch, torch.stack(mask)))
+    return found
+
+
+def reference(
+    axes: Axes, plan: Plan, get: Get
+) -> nn.Module:
+    """Returns the masked model: full shape, dropped branches bypassed, zeros where channels go.
+
+    Args:
+        axes: the axes of the source.
+        plan: what is removed.
+        get: reads a parameter in full size, rewrites applied, as fp32.
+    """
+    selection = Selection(axes, plan)
+    program = without_branches(axes, plan.branches) if plan.branches else axes.program
+    change = kept_only(axes, selection, program.producer)
+    return lower(program, lambda name: masked(selection, name, get(name)), change=change)
+
+
+def transformers_forward(model: Any) -> Forward:
+    """Returns a Transformers model as a function of ids, mask and positions."""
+
+    def run(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
+
+    return run
+
+
+@torch.no_grad()
+def differences(left: Forward, right: Forward, inputs: list[Probe]) -> tuple[Difference, ...]:
+    """Returns for each probe the largest difference of logits at real tokens.
+
+    Raises:
+        SurgeonError: `verify-failed` where a logit is not finite or the shapes differ.
+    """
+    out: list[Difference] = []
+    for probe in inputs:
+        a = left(probe.ids, probe.mask, probe.positions)
+        b = right(probe.ids, probe.mask, probe.positions)
+        if a.shape != b.shape:
+            raise _failed(f"logits have shapes {list(a.shape)} and {list(b.shape)}", probe.name)
+        real = probe.mask.bool()
+        a, b = a[real].double(), b[real].double()
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise _failed("a logit is not finite", probe.name)
+        scale = float(b.abs().max()) or 1.0
+        out.append(Difference(probe.name, float((a - b).abs().max()) / scale))
+    return tuple(out)
+
+
+def check(
+    forward: Forward,
+    masked_model: Forward,
+    inputs: list[Probe],
+    axes: Axes,
+    plan: Plan,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Verification:
+    """Returns how the smaller model compares with the masked one.
+
+    Raises:
+        SurgeonError: `verify-failed` where they differ by more than `tolerance`.
+    """
+    found = differences(forward, masked_model, inputs)
+    worst = max(found, key=lambda d: d.largest)
+    if worst.largest > tolerance:
+        raise _failed(
+            f"the pruned model differs from the masked one by {worst.largest:.2e} of the largest "
+            f"logit, {tolerance:.0e} is allowed",
+            worst.probe,
+            {"largest": worst.largest, "tolerance": tolerance},
+        )
+    reasons = inexact(axes, plan)
+    return Verification(worst.largest, tolerance, found, not reasons, reasons)
+
+
+def inexact(axes: Axes, plan: Plan) -> tuple[str, ...]:
+    """Returns why removing what the plan removes differs from masking it; empty if it doesn't."""
+    found = (
+        f"{c.axis}: {r.why}" for c in plan.cuts for r in axes.by_name[c.axis].inexact
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def _failed(why: str, probe: str, data: Mapping[str, Any] | None = None) -> SurgeonError:
+    return SurgeonError(
+        Code.VERIFY_FAILED,
+        "the pruned model is not what the plan says",
+        at=f"probe: {probe}",
+        why=why,
+        try_="report this with the plan (plan.json) and the model's configuration",
+        data=data,
+    )

@@ -1,0 +1,246 @@
+"""Writes a pruned model: checkpoint, plan and report, complete or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgeon.axes.plan import Plan
+from surgeon.capture.exported import DTYPES
+from surgeon.capture.source import Source
+from surgeon.capture.weights import SafetensorsWeights
+from surgeon.emit import huggingface as hf
+from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
+from surgeon.errors import Code, SurgeonError
+from surgeon.report import verify as v
+
+if TYPE_CHECKING:
+    from surgeon.pipeline import Pruned, Report
+
+PLAN_FILE = "plan.json"
+REWRITES_FILE = "plan.safetensors"
+REPORT_FILE = "surgeon.json"
+
+
+def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
+    """Writes the result into the folder `path` and returns the completed report.
+
+    Raises:
+        SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`.
+    """
+    if pruned.origin.source is None:
+        return _save_program(pruned, path, overwrite)
+    emission, source = pruned.emission, pruned.origin.source
+    dtype = _dtype(pruned, emission)
+    emission = hf.with_dtype(emission, dtype)
+    sizes = (
+        dtype_of.itemsize * _elements(pruned.selection.shape(name))
+        for name in emission.names
+        if (dtype_of := pruned.origin.dtype(name))
+    )
+    start = time.perf_counter()
+    with output_folder(path, overwrite=overwrite, need_bytes=sum(sizes)) as folder:
+        hf.write(
+            folder,
+            emission,
+            pruned.selection,
+            pruned.full,
+            pruned.origin.dtype,
+            tokenizer_files=source.tokenizer_files,
+            tokenizer=source.tokenizer,
+        )
+        _write_plan(folder, pruned)
+        written = time.perf_counter() - start
+        report = replace(
+            pruned.report,
+            notes=(*pruned.report.notes, *emission.notes),
+            target={
+                "name": "transformers",
+                "architecture": emission.architecture,
+                "remote_code": emission.candidate.remote,
+                "dtype": str(dtype).removeprefix("torch."),
+                "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+            },
+        )
+        seconds = {**report.seconds, "write": written}
+        if verify:
+            start = time.perf_counter()
+            found = _verify(pruned, folder)
+            seconds["verify"] = time.perf_counter() - start
+            report = replace(report, verification=found.to_json())
+        report = replace(report, seconds=seconds)
+        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
+    """The element type most weights have: what the configuration says."""
+    weight: dict[torch.dtype, int] = {}
+    for name in emission.names:
+        dtype = pruned.origin.dtype(name)
+        if dtype.is_floating_point:
+            weight[dtype] = weight.get(dtype, 0) + _elements(pruned.selection.shape(name))
+    return max(weight, key=lambda d: weight[d]) if weight else torch.float32
+
+
+def _write_plan(folder: Path, pruned: Pruned) -> None:
+    plan = replace(pruned.plan, rewrites=tuple(sorted(pruned.rewrites)))
+    (folder / PLAN_FILE).write_text(plan.to_json() + "\n", encoding="utf-8")
+    if pruned.rewrites:
+        specs = [
+            TensorSpec(name, DTYPES[t.dtype], tuple(t.shape), lambda t=t: t.contiguous())
+            for name, t in sorted(pruned.rewrites.items())
+        ]
+        write_safetensors_file(folder / REWRITES_FILE, specs, metadata={"format": "pt"})
+
+
+def read_plan(path: Path) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """Returns the plan of a folder or a plan file, and the tensors of its rewrites.
+
+    Raises:
+        SurgeonError: `missing-file` or `bad-plan`.
+    """
+    file = path / PLAN_FILE if path.is_dir() else path
+    try:
+        plan = Plan.from_json(file.read_text(encoding="utf-8"), str(file))
+    except OSError as error:
+        raise SurgeonError(
+            Code.MISSING_FILE,
+            "there is no plan to read",
+            at=str(file),
+            why=error.strerror or str(error),
+            try_="give a folder that `surgeon prune` wrote, or its plan.json",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SurgeonError(
+            Code.BAD_PLAN,
+            "this is no plan",
+            at=str(file),
+            why=f"it is not UTF-8 text: {error.reason}",
+            try_="use the plan.json that a prune wrote",
+        ) from error
+    if not plan.rewrites:
+        return plan, {}
+    from safetensors.torch import load_file
+
+    stored = file.with_name(REWRITES_FILE)
+    if not stored.exists():
+        raise SurgeonError(
+            Code.MISSING_FILE,
+            "the plan's rewrites are missing",
+            at=str(stored),
+            why=f"the plan replaces {len(plan.rewrites)} parameters whose tensors lie beside it",
+            try_="keep plan.safetensors beside plan.json",
+        )
+    return plan, load_file(stored)
+
+
+def _verify(pruned: Pruned, folder: Path) -> v.Verification:
+    """Compares what was written with the masked reference."""
+    source = pruned.origin.source
+    assert source is not None
+    return verify_folder(pruned, folder, tokenizer_of(source, folder))
+
+
+def tokenizer_of(source: Source | None, folder: Path) -> Any:
+    """Returns the tokenizer that lies in a folder, or None where there is none."""
+    if source is not None and source.tokenizer is not None:
+        return source.tokenizer
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((folder / name).exists() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """Returns the model of a checkpoint that Surgeon wrote, loaded by Transformers."""
+    import transformers
+
+    remote = (folder / hf.MODELLING.name).exists()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=remote, dtype=dtype or "auto"
+    ).eval()
+
+
+def verify_folder(pruned: Pruned, folder: Path, tokenizer: Any = None) -> v.Verification:
+    """Returns how a written checkpoint compares with the masked reference of its plan.
+
+    The logits of the plan applied in fp32 are compared; a checkpoint in a smaller element type
+    must hold the rounding of that, bit for bit, and what the rounding does is reported.
+
+    Raises:
+        SurgeonError: `verify-failed`.
+    """
+    emission, selection = pruned.emission, pruned.selection
+    masked = v.reference(pruned.axes, pruned.plan, pruned.full)
+
+    def forward(*args: torch.Tensor) -> torch.Tensor:
+        return masked(*args)
+
+    vocab = int(getattr(pruned.origin.source, "config").vocab_size)  # noqa: B009
+    inputs = v.probes(vocab, tokenizer)
+    _same_bits(pruned, folder)
+    loaded = load_transformers(folder, torch.float32)
+    half = [n for n in emission.names if pruned.origin.dtype(n) != torch.float32]
+    if not half:
+        found = v.check(v.transformers_forward(loaded), forward, inputs, pruned.axes, pruned.plan)
+        return replace(found, rounded=True)
+    found_cast = v.differences(v.transformers_forward(loaded), forward, inputs)
+    state = dict(loaded.state_dict())
+    with torch.no_grad():
+        for old, new in emission.names.items():
+            state[new].copy_(hf.final(emission, selection, pruned.full, old, torch.float32))
+    found = v.check(v.transformers_forward(loaded), forward, inputs, pruned.axes, pruned.plan)
+    return replace(found, rounded=True, cast=max(d.largest for d in found_cast))
+
+
+def _same_bits(pruned: Pruned, folder: Path) -> None:
+    stored = SafetensorsWeights(folder)
+    emission = pruned.emission
+    for old, new in emission.names.items():
+        want = hf.final(
+            emission, pruned.selection, pruned.full, old, pruned.origin.dtype(old)
+        )
+        if new not in stored or not torch.equal(stored[new], want):
+            raise SurgeonError(
+                Code.VERIFY_FAILED,
+                f"{new} is not what the plan gives",
+                at=str(folder),
+                why="the stored tensor differs from the plan applied to the source",
+                try_="prune again; if the folder was edited, it is no longer this plan's result",
+            )
+    extra = set(stored.names()) - set(emission.names.values())
+    if extra:
+        raise SurgeonError(
+            Code.VERIFY_FAILED,
+            f"{min(extra)} does not belong to the plan's result",
+            at=str(folder),
+            why=f"the checkpoint holds {len(extra)} tensors that the plan does not give",
+            try_="prune again",
+        )
+
+
+def _save_program(pruned: Pruned, path: Path, overwrite: bool) -> Report:
+    from surgeon.emit.pt2 import write_pt2
+
+    write: Callable[..., Any] = write_pt2
+    with output_folder(path, overwrite=overwrite) as folder:
+        write(pruned.program, pruned.tensor, folder / "model.pt2", metadata={})
+        _write_plan(folder, pruned)
+        report = replace(pruned.report, target={"name": "pt2"})
+        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    return report
