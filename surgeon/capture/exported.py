@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.export import ExportedProgram
@@ -52,7 +52,14 @@ _KINDS = {
     InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant",
 }
+_UNBACKED = re.compile(r"\b(?:u|zuf)\d+\b")
+_NESTED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+"""Operations that only run a nested graph, and which argument that graph is."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
+
+
+class _Gone:
+    """A result that the program can't hold: harmless unless something uses it."""
 
 
 class _Reader:
@@ -63,21 +70,45 @@ class _Reader:
         self.ops: list[Op] = []
         self.count: dict[str, int] = {}
         self.guards: list[str] = []
+        self.now: Node | None = None
+
+    def refuse(self, why: str, code: Code = Code.CAPTURE_FAILED) -> NoReturn:
+        """Raises the refusal of the node that is being read."""
+        node = self.now
+        place = ""
+        if node is not None:
+            source = self.source(node)
+            place = f"{self.module(node) or 'the model'}, {node.name}"
+            place += f" ({source})" if source else ""
+        raise SurgeonError(
+            code,
+            f"the graph has an operation that a program can't hold: {node.target if node else ''}",
+            at=place,
+            why=why,
+            try_="rewrite that line with tensor operations, or capture the module around it",
+        )
+
+    def dtype(self, dtype: torch.dtype) -> str:
+        if dtype not in DTYPES:
+            self.refuse(f"{dtype} is no element type of the program")
+        return DTYPES[dtype]
 
     def size(self, size: Any) -> Size:
         return size if isinstance(size, int) else self.expression(size)
 
     def expression(self, value: Any) -> str:
         text = str(value.node.expr).replace(" ", "")
+        if _UNBACKED.search(text):
+            self.refuse("a size or a number comes out of the data", Code.DATA_DEPENDENT)
 
         def name(match: re.Match[str]) -> str:
             symbol = match.group()
             return self.symbols.setdefault(symbol, f"n{len(self.symbols)}")
 
-        return re.sub(r"\b[su]\d+\b", name, text)
+        return re.sub(r"\bs\d+\b", name, text)
 
     def type(self, value: torch.Tensor) -> TensorType:
-        return TensorType(DTYPES[value.dtype], tuple(self.size(s) for s in value.shape))
+        return TensorType(self.dtype(value.dtype), tuple(self.size(s) for s in value.shape))
 
     def path(self, name: str) -> str:
         return name.removeprefix(self.strip)
@@ -95,10 +126,18 @@ class _Reader:
             case Node():
                 found = env[value]
                 if isinstance(found, list):
-                    raise TypeError(f"{value} is several values")
+                    self.refuse(f"{value} is several values")
+                if isinstance(found, GraphModule):
+                    self.refuse("it runs a nested graph under a condition")
+                if isinstance(found, _Gone):
+                    data = _UNBACKED.search(str(value.meta.get("val")))
+                    self.refuse(
+                        f"it uses {value}, which is no tensor and no size",
+                        Code.DATA_DEPENDENT if data else Code.CAPTURE_FAILED,
+                    )
                 return found
             case torch.dtype():
-                return DType(DTYPES[value])
+                return DType(self.dtype(value))
             case torch.SymInt():
                 return Sym(self.expression(value))
             case list() | tuple():
@@ -108,13 +147,13 @@ class _Reader:
             case torch.device() | torch.layout() | torch.memory_format():
                 return None
             case _:
-                raise TypeError(f"{value!r} can't be an argument of the program")
+                self.refuse(f"{value!r} can't be an argument of the program")
 
     def source(self, node: Node) -> str:
         frames = _FRAME.findall(node.meta.get("stack_trace") or "")
         for file, line in reversed(frames):
             parts = PurePath(file).parts
-            if "torch" not in parts and "surgeon" not in parts:
+            if "torch" not in parts and "surgeon" not in parts and not file.startswith("<"):
                 return f"{PurePath(file).name}:{line}"
         return ""
 
@@ -126,6 +165,7 @@ class _Reader:
     def graph(self, gm: GraphModule, env: dict[Node, Any]) -> list[Any]:
         """Reads a graph whose placeholders `env` already binds; returns its outputs."""
         for node in gm.graph.nodes:
+            self.now = node
             if node.op == "placeholder":
                 continue
             if node.op == "output":
@@ -140,7 +180,8 @@ class _Reader:
         value = node.meta.get("val")
         target = str(node.target)
         if node.target is operator.getitem:
-            env[node] = env[node.args[0]][node.args[1]]
+            values, index = node.args
+            env[node] = env[values][index]  # type: ignore[index]
             return
         if isinstance(value, torch.SymInt):
             env[node] = Sym(self.expression(value))
@@ -148,12 +189,15 @@ class _Reader:
         if isinstance(value, int | float | bool):
             env[node] = value
             return
-        if target == "wrap_with_set_grad_enabled":
-            inner: GraphModule = env[node.args[1]]
+        if target in _NESTED:
+            at = _NESTED[target]
+            if target == "wrap_with_autocast" and node.args[2] is not False:
+                self.refuse("it runs under autocast, whose casts the graph doesn't show")
+            inner: GraphModule = env[node.args[at]]  # type: ignore[index]
             bound = dict(
                 zip(
                     [n for n in inner.graph.nodes if n.op == "placeholder"],
-                    [env[n] if isinstance(n, Node) else n for n in node.args[2:]],
+                    [env[n] if isinstance(n, Node) else n for n in node.args[at + 1 :]],
                     strict=True,
                 )
             )
@@ -164,11 +208,11 @@ class _Reader:
         ):
             if isinstance(value, torch.SymBool):
                 self.guards.append(str(value.node.expr))
-            env[node] = None
+            env[node] = _Gone()
             return
-        tensors = list(value) if isinstance(value, list | tuple) else [value]
+        tensors: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
         if not all(isinstance(t, torch.Tensor) for t in tensors):
-            env[node] = None
+            env[node] = _Gone()
             return
         op = self.operation(node, target, tensors, env)
         self.ops.append(op)
@@ -203,9 +247,16 @@ class _Reader:
         )
 
 
-def _canonical(target: str, args: tuple[Arg, ...], type_: TensorType) -> tuple[str, tuple[Arg, ...]]:
+def _canonical(
+    target: str, args: tuple[Arg, ...], type_: TensorType
+) -> tuple[str, tuple[Arg, ...]]:
     """All spellings of a change of element type become one operation."""
-    if target in ("aten.to.device", "aten.to.dtype_layout", "aten.to.other", "aten.type_as.default"):
+    if target in (
+        "aten.to.device",
+        "aten.to.dtype_layout",
+        "aten.to.other",
+        "aten.type_as.default",
+    ):
         return "aten.to.dtype", (args[0], DType(type_.dtype))
     if target in ("aten._to_copy.default", "aten.float.default"):
         return "aten.to.dtype", (args[0], DType(type_.dtype))
@@ -336,6 +387,7 @@ def read(
     for node in exported.graph.nodes:
         if node.op != "placeholder":
             continue
+        reader.now = node
         spec = specs[node.name]
         value = node.meta["val"]
         if spec.kind is InputKind.USER_INPUT:
@@ -351,6 +403,8 @@ def read(
         target = str(spec.target)
         name = reader.path(target)
         tensor = exported.state_dict.get(target, exported.constants.get(target))
+        if spec.kind not in _KINDS:
+            reader.refuse(f"{spec.kind.name.lower()} inputs are no tensors")
         kind = _KINDS[spec.kind]
         if kind == "buffer":
             stored = spec.persistent if persistent is None else name in persistent
