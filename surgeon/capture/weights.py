@@ -1,0 +1,467 @@
+"""Lazy weights: a parameter's name gives its tensor, its shape without reading it, its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from surgeon.errors import Code, SurgeonError
+from surgeon.ir import Param
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+STORED_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Element types of safetensors files."""
+
+HEAD = 64
+"""How many bytes of each tensor go into a fingerprint."""
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """Tensors by parameter name, read when they are asked for.
+
+    What is returned may be the source's own memory: it must not be written to.
+
+    Args:
+        stored: the names that the source has.
+        aliases: further names, each with the name that it is tied to. Whichever of a tied
+            group the source has, all of the group can be asked for.
+    """
+
+    def __init__(self, stored: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+        self._names = tuple(stored)
+        self._own = {name: name for name in self._names}
+        self._tied: dict[str, list[str]] = {}
+        for alias, name in (aliases or {}).items():
+            self._tied.setdefault(name, [name]).append(alias)
+        for group in self._tied.values():
+            found = next((name for name in group if name in self._own), None)
+            if found is not None:
+                for name in group:
+                    self._own.setdefault(name, found)
+
+    @abstractmethod
+    def _read(self, name: str) -> torch.Tensor:
+        """The tensor of a stored name."""
+
+    @abstractmethod
+    def _meta(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Element type and shape of a stored name, without its values."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 that tells these weights from others without reading all of them.
+
+        It covers names, element types, shapes and the first bytes of each tensor, and where
+        they come from files, the files' sizes.
+        """
+
+    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._read(name)[start:stop]
+
+    def names(self) -> tuple[str, ...]:
+        """The names that the source has, in its order, without aliases."""
+        return self._names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(self._stored(name))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns a tensor, or `default` where there is none of that name."""
+        if key not in self:
+            return default
+        return self[key]
+
+    # A mapping's own comparison would read every tensor of both.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns rows `start` to `stop` of a tensor, the others unread where the source can."""
+        return self._read_rows(self._stored(name), start, stop)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return self._meta(self._stored(name))[1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The element type of a tensor, without reading it."""
+        return self._meta(self._stored(name))[0]
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of a tensor's values, without reading it."""
+        dtype, shape = self._meta(self._stored(name))
+        return dtype.itemsize * math.prod(shape)
+
+    def _stored(self, name: str) -> str:
+        if name not in self._own:
+            raise bad_checkpoint(
+                f"there is no tensor {name}",
+                at=self.where,
+                why=f"it has {len(self)} tensors, such as {', '.join(self._names[:3])}",
+                try_="check that the weights belong to this model",
+            )
+        return self._own[name]
+
+    @property
+    def where(self) -> str:
+        """Where the weights come from, for a message."""
+        return type(self).__name__
+
+    def check(self, params: Iterable[Param]) -> None:
+        """Returns if these are the weights of a program with `params`.
+
+        Every `parameter` and `buffer` must be there with its shape, as numbers that can be
+        computed with; tied names must agree.
+
+        Raises:
+            SurgeonError: `bad-checkpoint`, naming the first few tensors at fault.
+        """
+        missing: list[str] = []
+        wrong: list[str] = []
+        for param in params:
+            if param.kind not in ("parameter", "buffer"):
+                continue
+            held = [n for n in (param.name, *param.aliases) if n in self]
+            if not held:
+                missing.append(param.name)
+                continue
+            for name in dict.fromkeys(self._own[n] for n in held):
+                dtype, shape = self._meta(name)
+                if shape != param.type.shape:
+                    wrong.append(f"{name} is {list(shape)} and should be {list(param.type.shape)}")
+                elif param.kind == "parameter" and not _computable(dtype):
+                    wrong.append(f"{name} holds {dtype}, which is a packed or quantised form")
+            self._check_tie(list(dict.fromkeys(self._own[n] for n in held)))
+        if missing:
+            self._misfit(f"{len(missing)} tensors that the model needs are missing", missing)
+        if wrong:
+            self._misfit(f"{len(wrong)} tensors are not what the model needs", wrong)
+
+    def _check_tie(self, names: list[str]) -> None:
+        for other in names[1:]:
+            first, second = self[names[0]], self[other]
+            if first.shape == second.shape and not torch.equal(first, second):
+                raise bad_checkpoint(
+                    f"{names[0]} and {other} are tied and stored with different values",
+                    at=self.where,
+                    why="the config makes them one parameter, the checkpoint two",
+                    try_='set "tie_word_embeddings": false in config.json if they are two',
+                )
+
+    def _misfit(self, what: str, faults: list[str]) -> NoReturn:
+        more = f", and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise bad_checkpoint(
+            what,
+            at=self.where,
+            why="; ".join(faults[:4]) + more,
+            try_="check that config.json and the weights belong together",
+            data={"tensors": faults},
+        )
+
+
+def _computable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def bad_checkpoint(
+    what: str, *, at: str, why: str, try_: str, data: Mapping[str, Any] | None = None
+) -> SurgeonError:
+    """Returns the error for weights that can't be used."""
+    return SurgeonError(Code.BAD_CHECKPOINT, what, at=at, why=why, try_=try_, data=data)
+
+
+def digest(entries: Iterable[object]) -> str:
+    """Returns the SHA-256 of a sequence of plain values."""
+    out = hashlib.sha256()
+    for entry in entries:
+        out.update(repr(entry).encode())
+        out.update(b"\n")
+    return out.hexdigest()
+
+
+def _first_bytes(tensor: torch.Tensor) -> bytes:
+    count = min(tensor.numel(), -(-HEAD // tensor.element_size()))
+    flat = tensor.detach()
+    while count and flat.ndim > 1 and flat[:1].numel() >= count:  # so that nothing large is copied
+        flat = flat[0]
+    flat = flat.reshape(-1)[:count].cpu().contiguous()
+    return bytes(flat.view(torch.uint8).tolist())[:HEAD]
+
+
+class StateDictWeights(Weights):
+    """The tensors of a mapping, such as a model's state dict. They are referred to, not copied."""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        self._tensors = dict(tensors)
+        super().__init__(self._tensors, aliases)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._tensors[name].detach().cpu()
+
+    def _meta(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        tensor = self._tensors[name]
+        return tensor.dtype, tuple(tensor.shape)
+
+    @property
+    def where(self) -> str:
+        """Where the weights come from, for a message."""
+        return "the model's state dict"
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 over names, element types, shapes and the first bytes of each."""
+        return digest(
+            (name, str(t.dtype), tuple(t.shape), _first_bytes(t))
+            for name, t in sorted(self._tensors.items())
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in a safetensors file."""
+
+    file: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsWeights(Weights):
+    """The tensors of a checkpoint folder, in one safetensors file or in shards with an index.
+
+    Args:
+        folder: the checkpoint folder. Headers are read and checked now, values later.
+        aliases: tied names, as for `Weights`.
+        rename: from the stored names to those of the model, for those that differ.
+
+    Raises:
+        SurgeonError: `missing-file` for a shard or index that isn't there, `bad-checkpoint`
+            for a file that is truncated or no safetensors file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        aliases: Mapping[str, str] | None = None,
+        rename: Callable[[Collection[str]], Mapping[str, str]] | None = None,
+    ) -> None:
+        self.folder = folder
+        found = _entries(folder)
+        names = dict(rename(found.keys())) if rename is not None else {}
+        self._entries = {names.get(key, key): entry for key, entry in found.items()}
+        self._files: dict[Path, Any] = {}
+        super().__init__(self._entries, aliases)
+
+    def _open(self, path: Path) -> Any:
+        from safetensors import safe_open
+
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt", device="cpu")
+        return self._files[path]
+
+    def _read(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        return self._open(entry.file).get_tensor(entry.key)
+
+    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        entry = self._entries[name]
+        return self._open(entry.file).get_slice(entry.key)[start:stop]
+
+    def _meta(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        entry = self._entries[name]
+        return entry.dtype, entry.shape
+
+    @property
+    def where(self) -> str:
+        """Where the weights come from, for a message."""
+        return str(self.folder)
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 over files' names and sizes, and each tensor's metadata and start."""
+        entries = sorted(self._entries.values(), key=lambda e: (e.file.name, e.start, e.key))
+        return digest([*_file_sizes(entries), *_file_heads(entries)])
+
+
+def _file_sizes(entries: Iterable[_Entry]) -> Iterator[object]:
+    for file in dict.fromkeys(e.file for e in entries):
+        yield file.name, file.stat().st_size
+
+
+def _file_heads(entries: Iterable[_Entry]) -> Iterator[object]:
+    """Metadata and first bytes of tensors that come sorted by file."""
+    opened: tuple[Path, Any] | None = None
+    try:
+        for e in entries:
+            if opened is None or opened[0] != e.file:
+                if opened is not None:
+                    opened[1].close()
+                opened = e.file, e.file.open("rb")
+            opened[1].seek(e.start)
+            yield e.key, str(e.dtype), e.shape, opened[1].read(min(HEAD, e.stop - e.start))
+    finally:
+        if opened is not None:
+            opened[1].close()
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder holds a safetensors checkpoint, perhaps an incomplete one."""
+    return any(folder.glob("model*.safetensors")) or (folder / INDEX).is_file()
+
+
+def _entries(folder: Path) -> dict[str, _Entry]:
+    if (folder / SINGLE).is_file():  # before an index, as Transformers does
+        return _header(folder / SINGLE)
+    index = folder / INDEX
+    if not index.is_file():
+        shards = sorted(p.name for p in folder.glob("*.safetensors"))
+        raise SurgeonError(
+            Code.MISSING_FILE,
+            f"there is neither {SINGLE} nor {INDEX}",
+            at=str(folder),
+            why=f"it has {', '.join(shards)} without an index" if shards else "it has no weights",
+            try_="fetch the checkpoint again, its index included",
+        )
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {key: folder / file for key, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad_checkpoint(
+            "the index of the shards can't be read",
+            at=str(index),
+            why=f"{type(error).__name__}: {error}",
+            try_="fetch this file again",
+        ) from error
+    outside = [f for f in files.values() if f.parent != folder]
+    if outside:
+        raise bad_checkpoint(
+            "the index names files outside the folder",
+            at=str(index),
+            why=f"it names {outside[0]}",
+            try_="don't use this checkpoint: a well-made index names plain files",
+        )
+    missing = sorted({f.name for f in files.values() if not f.is_file()})
+    if missing:
+        raise SurgeonError(
+            Code.MISSING_FILE,
+            f"{len(missing)} of {len(set(files.values()))} shards are missing",
+            at=str(folder),
+            why=f"{INDEX} names {', '.join(missing[:4])}",
+            try_="fetch the missing files; a checkpoint is read as a whole",
+            data={"files": missing},
+        )
+    headers = {file: _header(file) for file in dict.fromkeys(files.values())}
+    absent = [key for key, file in files.items() if key not in headers[file]]
+    if absent:
+        raise bad_checkpoint(
+            "the index and the shards disagree",
+            at=str(folder),
+            why=f"{files[absent[0]].name} should hold {absent[0]} and doesn't",
+            try_="fetch index and shards again, from one version of the model",
+        )
+    return {key: headers[file][key] for key, file in files.items()}
+
+
+def _header(path: Path) -> dict[str, _Entry]:
+    """Reads and checks a file's header, so that a damaged file is known before any work."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version " or len(first) < 8:
+            pointer = first == b"version "
+            raise bad_checkpoint(
+                f"{path.name} is no safetensors file",
+                at=str(path),
+                why="it is a Git LFS pointer to the real file"
+                if pointer
+                else f"at least 8 bytes expected, {size} found",
+                try_="run `git lfs pull`" if pointer else "fetch this file again",
+            )
+        if 8 + length > size:
+            raise _truncated(path, 8 + length, size)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        out = {
+            key: _Entry(
+                path,
+                key,
+                STORED_DTYPES[value["dtype"]],
+                tuple(value["shape"]),
+                8 + length + value["data_offsets"][0],
+                8 + length + value["data_offsets"][1],
+            )
+            for key, value in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise bad_checkpoint(
+            f"the header of {path.name} can't be read",
+            at=str(path),
+            why=f"{type(error).__name__}: {error}",
+            try_="fetch this file again; files for other quantised formats can't be pruned",
+        ) from error
+    expected = max((e.stop for e in out.values()), default=8 + length)
+    if expected != size:
+        raise _truncated(path, expected, size)
+    for e in out.values():
+        if e.stop - e.start != e.dtype.itemsize * math.prod(e.shape):
+            raise bad_checkpoint(
+                f"the header of {path.name} contradicts itself",
+                at=f"{path}, tensor {e.key}",
+                why=f"{e.stop - e.start} bytes for {e.dtype} {list(e.shape)}",
+                try_="fetch this file again",
+            )
+    return out
+
+
+def _truncated(path: Path, expected: int, found: int) -> SurgeonError:
+    return bad_checkpoint(
+        f"{path.name} is {'truncated' if found < expected else 'longer than its header says'}",
+        at=str(path),
+        why=f"{expected} bytes expected, {found} found",
+        try_="fetch this file again",
+        data={"expected_bytes": expected, "found_bytes": found},
+    )
