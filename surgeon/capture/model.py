@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,8 +97,20 @@ def _export(model: nn.Module, config: Any) -> ExportedProgram:
 _AXES = {name: ("batch", "seq") for name in INPUTS}
 
 
+def _trained_length(module: nn.Module) -> object:
+    """The length up to which a rotary module uses its first tables."""
+    config: Any = getattr(module, "config", None)
+    settings: Any = getattr(config, "rope_parameters", None) or {}
+    found = [
+        part["original_max_position_embeddings"]
+        for part in (settings, *settings.values())
+        if isinstance(part, dict) and part.get("rope_type") == "longrope"
+    ]
+    return min(found, default=getattr(config, "max_position_embeddings", None))
+
+
 @contextmanager
-def _static_rope(model: nn.Module) -> Iterator[list[str]]:
+def _static_rope(model: nn.Module) -> Generator[list[str], None, None]:
     """While active, rotary tables that are recomputed for long inputs keep their trained form.
 
     Transformers recomputes them in a wrapper that branches on the data (`max(position_ids)`);
@@ -114,13 +127,13 @@ def _static_rope(model: nn.Module) -> Iterator[list[str]]:
         dynamic = sorted(n for n in names if n == "longrope" or "dynamic" in str(n))
         if not dynamic:
             continue
-        inner: Any = forward.__wrapped__
-        # The autocast and no_grad decorators wrap as well: only the branching one is skipped.
+        # no_grad wraps the branching decorator, so every layer comes off; a trace has no gradients.
+        inner: Any = inspect.unwrap(forward)
         module.__dict__["forward"] = inner.__get__(module)
         undone.append(module)
-        limit = getattr(getattr(module, "config", None), "max_position_embeddings", None)
         guards.append(
-            f"{path}: rope type {', '.join(dynamic)} is traced for positions below {limit}"
+            f"{path}: rope type {', '.join(dynamic)} is traced for positions below "
+            f"{_trained_length(module)}"
         )
     try:
         yield guards
@@ -143,9 +156,7 @@ def _failure(where: str, error: Exception) -> SurgeonError:
     )
 
 
-def capture_model(
-    model: nn.Module, *, repeat: bool = True, attention: bool = True
-) -> Captured:
+def capture_model(model: nn.Module, *, repeat: bool = True, attention: bool = True) -> Captured:
     """Returns the program of a Transformers causal model; the model is left as it was.
 
     Args:
@@ -154,9 +165,18 @@ def capture_model(
         attention: trace with Surgeon's attention operation where the model supports it.
 
     Raises:
-        SurgeonError: `capture-failed` or `data-dependent`, with torch's reason.
+        SurgeonError: `not-a-model` for a module without a Transformers configuration;
+            `capture-failed` or `data-dependent`, with torch's reason.
     """
     config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise SurgeonError(
+            Code.NOT_A_MODEL,
+            f"{type(model).__name__} is no Transformers model",
+            at=type(model).__name__,
+            why="it has no configuration from which its inputs could be told",
+            try_="surgeon.capture(module, example_inputs) takes any module",
+        )
     meta = on_meta(model)
     meta.eval()
     meta_config: Any = meta.config
@@ -202,9 +222,7 @@ def _captured(meta: nn.Module, config: Any, repeat: bool) -> Captured:
         short = _shortened(meta, config, layers, modules, persistent)
         if short is not None:
             return short
-    program, constants = read(
-        _export(meta, config), dims=_AXES, strip=STRIP, persistent=persistent
-    )
+    program, constants = read(_export(meta, config), dims=_AXES, strip=STRIP, persistent=persistent)
     return Captured(_whole_params(program, meta), constants)
 
 
