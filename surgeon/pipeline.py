@@ -71,8 +71,7 @@ class Model:
 
     def fingerprint(self) -> str:
         """Returns a hash of the tensors' names, types, shapes and first bytes."""
-        get = getattr(self.tensors, "fingerprint", None)
-        return get() if get else ""
+        return self.source.hash() if self.source else ""
 
 
 def _no_weights(where: str) -> SurgeonError:
@@ -107,7 +106,6 @@ def open_model(
     generic = _open_module(source, example_inputs, dynamic_shapes)
     if generic is not None:
         return replace(generic, seconds=time.perf_counter() - start)
-    from surgeon.capture.buffers import computed_buffers
     from surgeon.capture.model import capture_model
     from surgeon.capture.source import resolve
 
@@ -118,7 +116,7 @@ def open_model(
     fixed = dict(captured.constants)
     if weights is not None:
         weights.check(captured.program.params)
-        fixed |= computed_buffers(found.model_class, found.config)
+        fixed |= found.computed()
     return Model(
         found, captured.program, axes, weights, fixed, time.perf_counter() - start
     )
@@ -499,7 +497,7 @@ def verify(
     Raises:
         SurgeonError: `verify-failed`, `plan-mismatch`, or why one of both can't be read.
     """
-    from surgeon.saving import read_plan, tokenizer_of, verify_folder
+    from surgeon.saving import read_plan, verify_folder
 
     folder = Path(folder)
     plan, rewrites = read_plan(folder)
@@ -518,4 +516,5 @@ def verify(
             data={"expected": made_for, "found": origin.fingerprint()},
         )
     again = prune(origin, plan=plan, rewrites=rewrites)
-    return verify_folder(again, folder, tokenizer_of(None, folder))
+    tokenizer = origin.source.load_tokenizer() if origin.source else None
+    return verify_folder(again, folder, tokenizer)

@@ -12,7 +12,6 @@ import torch
 
 from surgeon.axes.plan import Plan
 from surgeon.capture.exported import DTYPES
-from surgeon.capture.source import Source
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
@@ -53,6 +52,7 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
             pruned.origin.dtype,
             tokenizer_files=source.tokenizer_files,
             tokenizer=source.tokenizer,
+            generation_config=source.generation_config,
         )
         _write_plan(folder, pruned)
         written = time.perf_counter() - start
@@ -151,19 +151,7 @@ def _verify(pruned: Pruned, folder: Path) -> v.Verification:
     """Compares what was written with the masked reference."""
     source = pruned.origin.source
     assert source is not None
-    return verify_folder(pruned, folder, tokenizer_of(source, folder))
-
-
-def tokenizer_of(source: Source | None, folder: Path) -> Any:
-    """Returns the tokenizer that lies in a folder, or None where there is none."""
-    if source is not None and source.tokenizer is not None:
-        return source.tokenizer
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((folder / name).exists() for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return verify_folder(pruned, folder, source.load_tokenizer())
 
 
 def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:

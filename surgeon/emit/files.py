@@ -141,6 +141,38 @@ def output_file(
             partial.unlink(missing_ok=True)
 
 
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuses a folder that `output_folder` would refuse, before any work is done.
+
+    Raises:
+        SurgeonError: `bad-output`.
+    """
+    target = _target(path)
+    with _reported(target):
+        _check_folder(target, overwrite)
+        _check_parent(target)
+
+
+def check_output_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuses a file that `output_file` would refuse, before any work is done.
+
+    Raises:
+        SurgeonError: `bad-output`.
+    """
+    target = _target(path)
+    with _reported(target):
+        _check_file(target, overwrite)
+        _check_parent(target)
+
+
+def _check_parent(target: Path) -> None:
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir():
+        raise _refused(target, f"{parent} is a file", "name another place")
+    if not os.access(parent, os.W_OK):
+        raise _refused(target, f"{parent} can't be written to", "name another place")
+
+
 def _target(path: str | os.PathLike[str]) -> Path:
     """A link is followed, so that what it leads to is replaced and not the link."""
     target = Path(path).expanduser().resolve()

@@ -1,0 +1,405 @@
+"""The `surgeon` command. Heavy libraries are imported by the commands that use them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgeon.errors import Code, SurgeonError
+
+if TYPE_CHECKING:
+    from surgeon.pipeline import Report
+
+app = typer.Typer(
+    name="surgeon",
+    help="Makes language models physically smaller.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="checkpoint folder, config.json, GGUF file, hub id, or the alias smollm2",
+    ),
+]
+RemoteOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run modelling code that comes with MODEL")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise SurgeonError(
+            Code.BAD_RATIO,
+            f"{text!r} is no number",
+            at=where,
+            why="a ratio is a number or a fraction",
+            try_="such as 0.25 or 1/3",
+        ) from error
+
+
+def _pairs(items: list[str], option: str) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not sign or not name:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{item!r} is not NAME=VALUE",
+                at=option,
+                why="the option sets one thing at a time",
+                try_=f"{option} ffn=0.25" if option == "--role" else f"{option} p=1",
+            )
+        if name in out:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{name} is given twice",
+                at=option,
+                why="only one value can hold",
+                try_="leave one of them out",
+            )
+        out[name] = value
+    return out
+
+
+def _options(items: list[str], option: str) -> dict[str, Any]:
+    import yaml
+
+    return {name: yaml.safe_load(value) for name, value in _pairs(items, option).items()}
+
+
+def _print_report(report: Report, out: Path | None) -> None:
+    from rich.console import Console
+
+    from surgeon.report.tables import Row, Unit, before_after
+
+    rows = [
+        Row(f"parameters, {name}", found["before"], found["after"], Unit.COUNT)
+        for name, found in report.parameters.items()
+    ]
+    sizes: dict[str, dict[tuple[int, int], int]] = {}
+    for axis in report.axes:
+        if axis["before"] != axis["after"]:
+            pair = (axis["before"], axis["after"])
+            sizes.setdefault(axis["role"], {})[pair] = sizes.get(axis["role"], {}).get(pair, 0) + 1
+    for role, pairs in sizes.items():
+        for (before, after), times in pairs.items():
+            label = f"{role} (×{times})" if times > 1 else role
+            rows.append(Row(label, before, after, Unit.COUNT))
+    console = Console()
+    console.print(before_after(rows, title=str(out) if out else "plan (nothing is written)"))
+    removed = report.ratio["removed"]
+    console.print(f"removed {removed:.3%} of the decoder parameters", highlight=False)
+    if report.branches:
+        console.print(f"dropped {', '.join(report.branches)}", highlight=False)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+    if report.target:
+        console.print(f"written as {report.target.get('architecture', report.target['name'])}")
+    if report.verification:
+        _print_verification(report.verification)
+
+
+def _print_verification(found: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(
+        f"verified: largest difference from the masked model {found['largest']:.1e} of the "
+        f"largest logit ({found['tolerance']:.0e} allowed)",
+        highlight=False,
+    )
+    for reason in found["reasons"]:
+        console.print(f"not what masking gives: {reason}", highlight=False)
+    if found.get("cast") is not None:
+        console.print(
+            f"rounding to the checkpoint's element type moves logits by {found['cast']:.1e}",
+            highlight=False,
+        )
+
+
+@app.command()
+def prune(
+    model: ModelArg,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", help="folder to write (new or empty)")
+    ] = None,
+    ratio: Annotated[
+        str | None, typer.Option(help="share of decoder-layer parameters to remove, such as 0.2")
+    ] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="share of a role's channels, such as ffn=0.25, kv_heads=1/3, layers=0.1"),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="glob over axes and module paths that stay whole")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="glob over axes and module paths; nothing else goes")
+    ] = None,
+    score: Annotated[str, typer.Option(help="score pass")] = "magnitude",
+    select: Annotated[str, typer.Option(help="selection pass")] = "uniform",
+    score_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the score pass")
+    ] = None,
+    select_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the selection pass")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="replay a plan (plan.json or a pruned folder)")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="for passes that draw at random")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only, write nothing")] = False,
+    overwrite: OverwriteOption = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="skip the comparison with the masked model")
+    ] = False,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Write a smaller checkpoint that Transformers loads."""
+    from surgeon import pipeline
+
+    if out is None and not dry_run:
+        raise SurgeonError(
+            Code.BAD_OUTPUT,
+            "no output folder is given",
+            at="-o",
+            why="the smaller model has to go somewhere",
+            try_="-o FOLDER, or --dry-run to see the plan",
+        )
+    if plan is not None and (ratio is not None or role):
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "--plan replays a plan as it is",
+            at="--plan",
+            why="--ratio and --role would make another one",
+            try_="leave --ratio and --role out",
+        )
+    replayed, rewrites = None, None
+    if plan is not None:
+        from surgeon.saving import read_plan
+
+        replayed, rewrites = read_plan(plan)
+    roles = {n: _number(v, f"--role {n}") for n, v in _pairs(role or [], "--role").items()}
+    if out is not None and not dry_run:
+        from surgeon.emit.files import check_output
+
+        check_output(out, overwrite=overwrite)
+    result = pipeline.prune(
+        model,
+        ratio=None if ratio is None else _number(ratio, "--ratio"),
+        roles=roles,
+        freeze=freeze or (),
+        only=only or (),
+        score=score,
+        select=select,
+        score_options=_options(score_option or [], "--score-option"),
+        select_options=_options(select_option or [], "--select-option"),
+        plan=replayed,
+        rewrites=rewrites,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run or out is None:
+        report = result.report
+        if result.origin.source is not None:
+            from dataclasses import replace
+
+            report = replace(report, notes=(*report.notes, *result.emission.notes))
+    else:
+        report = result.save(out, overwrite=overwrite, verify=not no_verify)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        _print_report(report, None if dry_run else out)
+
+
+@app.command()
+def inspect(
+    model: ModelArg, as_json: JsonOption = False, trust_remote_code: RemoteOption = False
+) -> None:
+    """Show the axes of a model: what is coupled with what, and what may be pruned."""
+    from surgeon.pipeline import open_model
+
+    opened = open_model(model, trust_remote_code=trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(opened.axes.to_json(), indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from surgeon.report.axes_table import axes_tables
+
+    console = Console()
+    for table in axes_tables(opened.axes):
+        console.print(table)
+    for guard in opened.program.guards:
+        console.print(f"guard: {guard}", highlight=False)
+
+
+@app.command()
+def ir(model: ModelArg, trust_remote_code: RemoteOption = False) -> None:
+    """Print the captured program."""
+    from surgeon.ir import to_text
+    from surgeon.pipeline import open_model
+
+    typer.echo(to_text(open_model(model, trust_remote_code=trust_remote_code).program), nl=False)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder that prune wrote")],
+    source: Annotated[
+        str | None, typer.Option(help="the model it was made from, if it moved")
+    ] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Compare a written checkpoint with the masked original."""
+    from surgeon import pipeline
+
+    found = pipeline.verify(out, source=source, trust_remote_code=trust_remote_code).to_json()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _print_verification(found)
+
+
+@app.command()
+def export(
+    model: ModelArg,
+    to: Annotated[str, typer.Option(help="onnx or pt2")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="file to write")],
+    overwrite: OverwriteOption = False,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Write a model as an ONNX graph or a torch.export program."""
+    from surgeon import exporting
+
+    summary = exporting.export(
+        model, to, out, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
+    typer.echo(summary)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="folder with the tokenizer of an ONNX file")
+    ] = None,
+    window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
+    windows: Annotated[int, typer.Option(help="windows scored at most")] = 48,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Measure perplexity."""
+    from dataclasses import asdict
+
+    from surgeon import exporting
+    from surgeon.report.evaluate import perplexity, read_text
+
+    content = read_text(text) if text else None
+    runnable, tokens = exporting.load(model, tokenizer, trust_remote_code=trust_remote_code)
+    found = perplexity(
+        runnable,
+        exporting.need_tokenizer(tokens, model),
+        text=content,
+        window=window,
+        max_windows=windows,
+        progress=not as_json,
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    typer.echo(
+        f"perplexity {found.perplexity:.3f} on {found.text} "
+        f"({found.windows} windows of {found.window} tokens, {found.seconds:.1f} s)"
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="folder with the tokenizer of an ONNX file")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="draw from this many tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(help="draw from this much probability")] = None,
+    seed: Annotated[int, typer.Option(help="for sampling")] = 0,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Let a model go on from a prompt."""
+    from surgeon import exporting
+    from surgeon.runtime.generate import Sampling
+    from surgeon.runtime.generate import generate as write
+
+    runnable, tokens = exporting.load(model, tokenizer, trust_remote_code=trust_remote_code)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    found = write(runnable, tokens, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    typer.echo(prompt + found.text)
+
+
+@app.command()
+def passes() -> None:
+    """List the passes and their options."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from surgeon.registry import available, load, options
+
+    table = Table("kind", "name", "from", "what it does", "options")
+    for kind, found in available().items():
+        for name, info in found.items():
+            given = ", ".join(
+                f"{o.name}={'…' if o.required else o.default}" for o in options(load(kind, name))
+            )
+            table.add_row(kind, name, info.plugin, info.summary, given)
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--output", help="folder to write")] = Path(
+        "surgeon-demo"
+    ),
+    ratio: Annotated[str, typer.Option(help="share of decoder-layer parameters")] = "0.2",
+    windows: Annotated[int, typer.Option(help="windows of 512 tokens to score")] = 8,
+) -> None:
+    """Prune a real model by 20 %, export it, run it, and show before and after."""
+    from surgeon.demo import run
+
+    run(out, _number(ratio, "--ratio"), windows)
+
+
+def main() -> None:
+    """Runs the command; a user's mistake ends with its four parts and no traceback."""
+    try:
+        app()
+    except SurgeonError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing half-written is left\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
