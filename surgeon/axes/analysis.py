@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from surgeon.axes.space import Clash, Expr, Extent, Factor, Space, Sum, leaves
@@ -201,6 +202,19 @@ class _Flow:
     def at(self, arg: Arg, dim: int) -> Atoms:
         exprs = self._follow.facts.dims(key(arg))
         return frozenset(leaves(self._follow.facts.space.resolve(exprs[dim])))
+
+    def out(self) -> tuple[Atoms, ...]:
+        space = self._follow.facts.space
+        exprs = self._follow.facts.dims("%" + self.op.outputs[0])
+        return tuple(frozenset(leaves(space.resolve(expr))) for expr in exprs)
+
+    def perhaps(self, arg: Arg) -> Atoms:
+        if not isinstance(arg, Ref | ParamRef):
+            return frozenset()
+        space = self._follow.facts.space
+        exprs = self._follow.facts.dims(key(arg))
+        count = Counter(a for expr in exprs for a in leaves(space.resolve(expr)))
+        return self.zero(arg) | {atom for atom, n in count.items() if n > 1}
 
     def zero(self, arg: Arg) -> Atoms:
         if not isinstance(arg, Ref | ParamRef):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from os.path import commonprefix
 
-from surgeon.axes.analysis import Facts, MaskFlow, derive, extent_number
+from surgeon.axes.analysis import Facts, MaskFlow, derive, extent_number, key
 from surgeon.axes.axes import Axes, Axis, Member, Reason
 from surgeon.axes.branches import Branch, find_branches
-from surgeon.axes.space import Expr, leaves, occurrences
+from surgeon.axes.space import Expr, Sum, leaves, occurrences
 from surgeon.ir.program import Program, Ref, op_refs
 from surgeon.ops.rule import Gauge, OpRule
 
+MIXING = ("contract", "normalise", "index", "scan")
+"""Uses that bring together what belongs to different indices of an axis."""
+TOGETHER = ("aten.mean.dim", "aten.sum.dim_IntList")
+"""Operations that mix several dimensions as if they were one."""
 ROLE_ORDER = ("positions", "vocab", "hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn")
 
 
@@ -31,6 +36,20 @@ def analyse(program: Program, table: dict[str, OpRule] | None = None) -> Axes:
 def _scope(params: Iterable[str]) -> str:
     paths = [name.split(".")[:-1] for name in params]
     return ".".join(commonprefix(paths)) if paths else ""  # type: ignore[type-var]
+
+
+def _together(expr: Expr) -> Counter[int]:
+    """How often one element of a product meets each axis: parts of a sum exclude one another."""
+    out: Counter[int] = Counter()
+    for factor in expr:
+        if isinstance(factor, Sum):
+            inner: Counter[int] = Counter()
+            for part in factor.parts:
+                inner |= _together(part)
+            out += inner
+        else:
+            out[factor] += 1
+    return out
 
 
 class _Settler:
@@ -147,19 +166,52 @@ class _Settler:
         return tables
 
     def _outer(self) -> dict[int, tuple[int, ...]]:
-        """Axes that enclose an axis wherever it appears, in any tensor, in the same order."""
+        """Axes that enclose an axis wherever it appears, in any tensor, in the same order.
+
+        An axis that encloses twice (an outer product) does not say which of the two it is.
+        """
         out: dict[int, tuple[int, ...]] = {}
         for exprs in self.dims.values():
             whole = occurrences(tuple(factor for expr in exprs for factor in expr))
             for atom, enclosing in whole:
-                if atom in out:
-                    out[atom] = tuple(a for a in out[atom] if a in enclosing)
-                else:
-                    out[atom] = enclosing
+                once = tuple(a for a in enclosing if enclosing.count(a) == 1)
+                out[atom] = tuple(a for a in out[atom] if a in once) if atom in out else once
+        mixed = self._mixed()
         return {
-            atom: tuple(a for a in found if a in self.members and a != atom)
+            atom: tuple(
+                a for a in found if a in self.members and a != atom and (atom, a) not in mixed
+            )
             for atom, found in out.items()
         }
+
+    def _mixed(self) -> set[tuple[int, int]]:
+        """Pairs of an axis and one that encloses it and that some operation mixes the indices of.
+
+        What is kept of the first must then be the same for every index of the second: heads that
+        are summed, compared or normalised with one another all keep the same channels.
+        """
+        out: set[tuple[int, int]] = set()
+        over: dict[int, set[Expr]] = {}
+        for use in self.facts.uses:
+            if use.kind in MIXING:
+                over.setdefault(use.op, set()).add(self.resolved(use.expr))
+        for index, op in enumerate(self.program.ops):
+            operands = [self.dims.get(key(ref), ()) for ref in op_refs(op)]
+            whole = op.target in TOGETHER
+            for dims in operands if index in over else ():
+                for d, expr in enumerate(dims):
+                    if expr not in over[index]:
+                        continue
+                    rest = [e for i, e in enumerate(dims) if i != d]
+                    rest = [e for e in rest if not (whole and e in over[index])]
+                    out |= {(a, o) for e in rest for a in leaves(e) for o in leaves(expr)}
+            results = [self.dims.get("%" + name, ()) for name in op.outputs]
+            counts = (_together(tuple(f for e in dims for f in e)) for dims in results)
+            twice = {a for count in counts for a, n in count.items() if n > 1}
+            if twice and len(operands) > 1:
+                carried = {a for dims in operands for e in dims for a in leaves(e)}
+                out |= {(a, o) for a in carried for o in twice}
+        return out
 
     def _roles(self) -> dict[int, str]:
         found: dict[int, set[str]] = {}

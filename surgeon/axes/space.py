@@ -55,7 +55,10 @@ class Extent:
         if not self.symbols:
             return str(self.number)
         head = [str(self.number)] if self.number != 1 else []
-        return "*".join(head + list(self.symbols))
+        factors = head + list(self.symbols)
+        if len(factors) == 1:
+            return factors[0]
+        return "*".join(f if re.fullmatch(r"\w+", f) else f"({f})" for f in factors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.plan import Plan, Selection
-from surgeon.axes.space import Expr, Extent, Sum, leaves
+from surgeon.axes.space import Expr, Extent, Sum
 from surgeon.ir.program import (
     Arg,
     Op,
@@ -126,6 +126,8 @@ def operate(axes: Axes, plan: Plan) -> Program:
         share = share_of(axes, selection, index, op)
         if share != 1.0:
             name = op.outputs[0] + "_of_all"
+            while name in axes.program.types:
+                name += "_"
             scaled = replace(
                 new,
                 outputs=(name,),
@@ -155,9 +157,8 @@ def share_of(axes: Axes, selection: Selection, index: int, op: Op) -> float:
     picked = range(len(exprs)) if not isinstance(dims, tuple) else [d for d in dims if isinstance(d, int)]
     kept = total = 1
     for d in picked:
-        if selection.touches(exprs[d]) and not any(
-            isinstance(axes.sizes[a], str) for a in leaves(exprs[d])
-        ):
-            kept *= selection.width(exprs[d])
-            total *= selection.full_width(exprs[d])
+        for factor in exprs[d]:
+            if selection.touches((factor,)):
+                kept *= selection.width((factor,))
+                total *= selection.full_width((factor,))
     return kept / total

@@ -7,7 +7,7 @@ from dataclasses import replace
 from surgeon.axes.space import Expr
 from surgeon.ir.program import Op, ParamRef, Ref
 from surgeon.ops.linear import BOTH_LIVE
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, Rebuild, rule
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, Rebuild, rule, vanishing, wherever
 
 
 def _vanish(f: Flow) -> Atoms:
@@ -15,7 +15,8 @@ def _vanish(f: Flow) -> Atoms:
     q, k, v = f.op.arg(0), f.op.arg(1), f.op.arg(2)
     f.inexact(f.at(q, -1) - f.zero(q) - f.zero(k), BOTH_LIVE)
     f.inexact((f.at(k, -2) | f.at(q, -2)), "softmax normalises over it")
-    return f.zero(v)
+    rank = len(f.out())
+    return wherever(f, [Atoms() if d == -2 else vanishing(f, v, d) for d in range(-rank, 0)])
 
 
 def _common(c: Context) -> tuple[tuple[Expr, ...], ...]:

@@ -39,7 +39,8 @@ def _pieces(c: Context, dim: int, sizes: list[int]) -> None:
 
 def _rebuild_slice(r: Rebuild) -> Op:
     dim = axis_of(r.op.arg(1, 0), len(r.operand(r.op.arg(0))))
-    if r.shape()[dim] == r.op.types[0].shape[dim] and not r.label("before"):
+    # Where the end is counted from the back, a piece moves though it keeps its size.
+    if r.operand(r.op.arg(0))[dim] == r.program.type_of(r.op.arg(0)).shape[dim]:
         return r.op
     start = r.label("before")
     end = start + r.label("piece")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from surgeon.ir.program import Arg, ParamRef, Ref
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule, vanishing, wherever
 
 INDEXED = "rows are picked by numbers that come from data"
 
 
 def _embedding_vanish(f: Flow) -> Atoms:
-    return f.at(f.op.arg(0), 1) & f.zero(f.op.arg(0))
+    picked = (Atoms() for _ in f.out()[:-1])
+    return wherever(f, (*picked, vanishing(f, f.op.arg(0), 1)))
 
 
 def _origin(c: Context, arg: Arg) -> str:
@@ -45,6 +46,7 @@ def index(c: Context) -> None:
     whole = places == list(range(places[0], places[0] + len(places))) if places else False
     for i in places:
         c.pin(x[i], INDEXED)
+        c.use(x[i], "index", Gauge.FIXED)
     rank = max((len(c.dims(given[i])) for i in places), default=0)
     if not whole:
         for dim in (*x, *out):

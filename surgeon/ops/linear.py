@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from surgeon.ir.program import Arg, ParamRef, Ref
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule, vanishing, wherever
 
 BOTH_LIVE = "it is summed over in a product of two activations that don't vanish when masked"
 
 
 def _is_tensor(arg: Arg) -> bool:
     return isinstance(arg, Ref | ParamRef)
-
-
-def _with_bias(f: Flow, out: Atoms, bias: Arg) -> Atoms:
-    return out & f.zero(bias) if _is_tensor(bias) else out
 
 
 def contracted(f: Flow, left: Atoms, a: Arg, b: Arg) -> None:
@@ -24,7 +20,14 @@ def contracted(f: Flow, left: Atoms, a: Arg, b: Arg) -> None:
 def _linear_vanish(f: Flow) -> Atoms:
     x, w, bias = f.op.arg(0), f.op.arg(1), f.op.arg(2)
     contracted(f, f.at(w, -1), x, w)
-    return _with_bias(f, f.zero(x) | f.zero(w), bias)
+    if f.rank(w) != 2:
+        return frozenset()
+    # A bias has no batch, so that a batch that vanished does so no longer.
+    batch = (vanishing(f, x, d) for d in range(f.rank(x) - 1))
+    rows = vanishing(f, w, 0)
+    if not _is_tensor(bias):
+        return wherever(f, (*batch, rows))
+    return wherever(f, (*(Atoms() for _ in batch), rows & vanishing(f, bias, -1)))
 
 
 @rule("aten.linear.default", vanish=_linear_vanish)
@@ -50,7 +53,13 @@ def linear(c: Context) -> None:
 def _addmm_vanish(f: Flow) -> Atoms:
     bias, x, w = f.op.arg(0), f.op.arg(1), f.op.arg(2)
     contracted(f, f.at(w, 0), x, w)
-    return _with_bias(f, f.zero(x) | f.zero(w), bias)
+    return wherever(
+        f,
+        (
+            vanishing(f, x, 0) & vanishing(f, bias, -2),
+            vanishing(f, w, 1) & vanishing(f, bias, -1),
+        ),
+    )
 
 
 @rule("aten.addmm.default", vanish=_addmm_vanish)
@@ -61,8 +70,9 @@ def addmm(c: Context) -> None:
     c.equate(x[1], w[0])
     c.equate(out[1], w[1])
     c.equate(out[0], x[0])
-    if c.shape(c.op.arg(0))[-1] != 1:
-        c.equate(bias[-1], w[1])
+    for k in range(1, len(bias) + 1):
+        if c.shape(c.op.arg(0))[-k] != 1 or c.op.types[0].shape[-k] == 1:
+            c.equate(bias[-k], out[-k])
     c.use(w[0], "contract", Gauge.ANY)
     c.use(w[1], "produce", Gauge.ANY)
     c.use(x[0], "batch", Gauge.ANY)
@@ -71,7 +81,11 @@ def addmm(c: Context) -> None:
 def _matmul_vanish(f: Flow) -> Atoms:
     a, b = f.op.arg(0), f.op.arg(1)
     contracted(f, f.at(a, -1), a, b)
-    return f.zero(a) | f.zero(b)
+    if f.rank(a) < 2 or f.rank(b) < 2:
+        return frozenset()
+    rank = len(f.out())
+    batch = (vanishing(f, a, d) | vanishing(f, b, d) for d in range(-rank, -2))
+    return wherever(f, (*batch, vanishing(f, a, -2), vanishing(f, b, -1)))
 
 
 @rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default", vanish=_matmul_vanish)

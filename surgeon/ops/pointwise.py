@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from surgeon.ir.program import Arg, DType, ParamRef, Ref
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule, vanishing, wherever
 
 LINEAR = ("neg", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "dropout")
 """Maps that any change of basis passes through."""
@@ -11,9 +13,9 @@ ODD = ("tanh", "sin", "erf", "sign", "asinh", "atan")
 """Maps with f(-x) = -f(x)."""
 ZERO_KEEPING = ("silu", "gelu", "relu", "relu6", "leaky_relu", "abs", "sqrt", "square", "mish")
 NOT_ZERO_KEEPING = (
-    *("cos", "exp", "sigmoid", "rsqrt", "log", "reciprocal", "softplus", "logical_not"),
-    *("bitwise_not", "isnan", "isinf"),
+    *("cos", "exp", "sigmoid", "softplus", "logical_not", "bitwise_not", "isnan", "isinf"),
 )
+INFINITE_AT_ZERO = ("rsqrt", "log", "reciprocal")
 
 CASTS = (
     *("aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten.to.other"),
@@ -55,11 +57,17 @@ def _nothing(f: Flow) -> Atoms:
     return frozenset()
 
 
+def _infinite(f: Flow) -> Atoms:
+    f.inexact(f.perhaps(f.op.arg(0)), "a masked channel would become infinite here")
+    return frozenset()
+
+
 for names, gauge, vanish in (
     (LINEAR, Gauge.ANY, _keeps),
     (ODD, Gauge.SIGNED, _keeps),
     (ZERO_KEEPING, Gauge.PERMUTATION, _keeps),
     (NOT_ZERO_KEEPING, Gauge.PERMUTATION, _nothing),
+    (INFINITE_AT_ZERO, Gauge.PERMUTATION, _infinite),
 ):
     rule(*(f"aten.{name}.default" for name in names), vanish=vanish)(_unary(gauge))
 rule(*CASTS, vanish=_keeps)(_unary(Gauge.ANY))
@@ -72,33 +80,38 @@ def _number(arg: Arg) -> float | None:
     return float(arg) if isinstance(arg, int | float) else None
 
 
+def _where_all(f: Flow, operands: Sequence[Arg]) -> Atoms:
+    """Axes on which a result vanishes that is zero where every operand is."""
+    if any(_number(arg) != 0 for arg in operands if not isinstance(arg, Ref | ParamRef)):
+        return frozenset()
+    spread = [arg for arg in operands if isinstance(arg, Ref | ParamRef)]
+    dims = range(-len(f.out()), 0)
+    everywhere = [[vanishing(f, arg, d) for arg in spread] for d in dims]
+    return wherever(f, [frozenset.intersection(*found) for found in everywhere])
+
+
+def _where_any(f: Flow, operands: Sequence[Arg]) -> Atoms:
+    """Axes on which a result vanishes that is zero where any operand is."""
+    spread = tensors(tuple(operands))
+    dims = range(-len(f.out()), 0)
+    return wherever(f, [Atoms().union(*(vanishing(f, a, d) for a in spread)) for d in dims])
+
+
 def _sum_vanish(f: Flow) -> Atoms:
     """A sum vanishes where every operand does."""
-    found: Atoms | None = None
-    for arg in f.op.args[:2]:
-        if isinstance(arg, Ref | ParamRef):
-            zero = f.zero(arg)
-        elif _number(arg) == 0:
-            continue
-        else:
-            return frozenset()
-        found = zero if found is None else found & zero
-    return found or frozenset()
+    return _where_all(f, f.op.args[:2])
 
 
 def _product_vanish(f: Flow) -> Atoms:
     """A product vanishes where any operand does."""
-    out: Atoms = frozenset()
-    for arg in tensors(f.op.args[:2]):
-        out |= f.zero(arg)
-    return out
+    return _where_any(f, f.op.args[:2])
 
 
 def _quotient_vanish(f: Flow) -> Atoms:
     bottom = f.op.arg(1)
     if isinstance(bottom, Ref | ParamRef):
-        f.inexact(f.zero(bottom), "a masked channel would be divided by zero")
-    return f.zero(f.op.arg(0))
+        f.inexact(f.perhaps(bottom), "a masked channel would be divided by zero")
+    return _where_any(f, f.op.args[:1])
 
 
 def _same_basis(c: Context) -> None:
@@ -203,6 +216,8 @@ def quotient(c: Context) -> None:
 
 def _power_vanish(f: Flow) -> Atoms:
     exponent = _number(f.op.arg(1))
+    if exponent is not None and exponent < 0:
+        return _infinite(f)
     return f.zero(f.op.arg(0)) if exponent is not None and exponent > 0 else frozenset()
 
 
@@ -227,10 +242,7 @@ def power(c: Context) -> None:
 
 
 def _every_vanish(f: Flow) -> Atoms:
-    found: Atoms | None = None
-    for arg in tensors(f.op.args):
-        found = f.zero(arg) if found is None else found & f.zero(arg)
-    return found or frozenset()
+    return _where_all(f, f.op.args[:2])
 
 
 def _pointwise(c: Context) -> None:
@@ -240,17 +252,36 @@ def _pointwise(c: Context) -> None:
 
 
 def _selected_vanish(f: Flow) -> Atoms:
-    return f.zero(f.op.arg(1)) & f.zero(f.op.arg(2))
+    return _where_all(f, f.op.args[1:3])
+
+
+def _filled_vanish(f: Flow) -> Atoms:
+    return _where_all(f, (f.op.arg(0), f.op.arg(2)))
+
+
+def _clamp_vanish(f: Flow) -> Atoms:
+    low, high = _number(f.op.arg(1)), _number(f.op.arg(2))
+    if not all(arg is None or _number(arg) is not None for arg in f.op.args[1:3]):
+        return frozenset()
+    kept = (low is None or low <= 0) and (high is None or high >= 0)
+    return f.zero(f.op.arg(0)) if kept else frozenset()
+
+
+def _power_of_vanish(f: Flow) -> Atoms:
+    f.inexact(f.perhaps(f.op.arg(0)), "a masked channel may become infinite in a power")
+    return frozenset()
 
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "__and__", "__or__", "bitwise_and", "bitwise_or")
 rule(
     *(f"aten.{name}.{kind}" for name in COMPARISONS for kind in ("Tensor", "Scalar")),
-    *("aten.logical_and.default", "aten.logical_or.default", "aten.pow.Tensor_Tensor"),
-    *("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", "aten.clamp.default"),
+    *("aten.logical_and.default", "aten.logical_or.default"),
     *("aten.floor_divide.default", "aten.remainder.Scalar", "aten.pow.Scalar"),
     vanish=_nothing,
 )(_pointwise)
+rule("aten.pow.Tensor_Tensor", vanish=_power_of_vanish)(_pointwise)
+rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", vanish=_filled_vanish)(_pointwise)
+rule("aten.clamp.default", vanish=_clamp_vanish)(_pointwise)
 rule("aten.maximum.default", "aten.minimum.default", vanish=_every_vanish)(_pointwise)
 rule("aten.where.self", "aten.where.ScalarOther", vanish=_selected_vanish)(_pointwise)
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgeon.ir.program import Arg, Op, ParamRef, Ref
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, Rebuild, axis_of, rule
+from surgeon.ops.rule import (
+    Atoms,
+    Context,
+    Flow,
+    Gauge,
+    Rebuild,
+    axis_of,
+    rule,
+    vanishing,
+    wherever,
+)
 
 
 def _dims(given: Arg, rank: int) -> list[int]:
@@ -93,7 +103,7 @@ def cumsum(c: Context) -> None:
     dim = axis_of(c.op.arg(1), len(x))
     for i, (a, b) in enumerate(zip(x, out, strict=True)):
         c.equate(a, b)
-        c.use(b, "map", Gauge.FIXED if i == dim else Gauge.ANY)
+        c.use(b, *(("scan", Gauge.FIXED) if i == dim else ("map", Gauge.ANY)))
     c.pin(x[dim], "a running sum needs every channel in its place")
 
 
@@ -105,6 +115,7 @@ def diff(c: Context) -> None:
     for i, (a, b) in enumerate(zip(x, out, strict=True)):
         if i != dim:
             c.equate(a, b)
+    c.use(x[dim], "scan", Gauge.FIXED)
     c.pin(x[dim], "differences of neighbours need every channel in its place")
     c.pin(out[dim], "differences of neighbours need every channel in its place")
 
@@ -115,30 +126,33 @@ def _tail(op: Op) -> int:
     return len(shape)
 
 
-def _affine_vanish(f: Flow, over: Atoms) -> Atoms:
-    out: Atoms = f.zero(f.op.arg(0))
-    weight, bias = f.op.arg(2), f.op.arg(3) if "layer_norm" in f.op.target else None
-    if isinstance(weight, Ref | ParamRef):
-        out |= f.zero(weight)
-    else:
-        out -= over
-    if isinstance(bias, Ref | ParamRef):
-        out &= f.zero(bias)
-    return out
+def _affine_vanish(f: Flow) -> Atoms:
+    """A place vanishes that was zero throughout; a channel that its scale and shift make zero."""
+    x, weight = f.op.arg(0), f.op.arg(2)
+    bias = f.op.arg(3) if "layer_norm" in f.op.target else None
+    shifted = isinstance(bias, Ref | ParamRef)
+    found: list[Atoms] = []
+    for d in range(-f.rank(x), 0):
+        if d < -_tail(f.op):
+            found.append(Atoms() if shifted else vanishing(f, x, d))
+        else:
+            scaled = vanishing(f, weight, d)
+            found.append(scaled & vanishing(f, bias, d) if shifted else scaled)
+    return wherever(f, found)
 
 
 def _layer_norm_vanish(f: Flow) -> Atoms:
     rank = _tail(f.op)
     over: Atoms = frozenset().union(*(f.at(f.op.arg(0), -1 - k) for k in range(rank)))
     f.inexact(over, "LayerNorm subtracts the mean over it, which masked channels take part in")
-    return _affine_vanish(f, over)
+    return _affine_vanish(f)
 
 
 def _rms_norm_vanish(f: Flow) -> Atoms:
     rank = _tail(f.op)
     over: Atoms = frozenset().union(*(f.at(f.op.arg(0), -1 - k) for k in range(rank)))
     f.inexact(over, "this fused RMSNorm divides by the width, which removal changes")
-    return _affine_vanish(f, over)
+    return _affine_vanish(f)
 
 
 def _rebuild_norm(r: Rebuild) -> Op:

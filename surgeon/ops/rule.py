@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from typing import Protocol
 
 from surgeon.axes.space import Expr
-from surgeon.ir.program import Arg, Op, Program, Size
+from surgeon.ir.program import Arg, Op, ParamRef, Program, Ref, Size
 
 Atoms = frozenset[int]
 
@@ -91,7 +91,8 @@ class Context(Protocol):
 class Flow(Protocol):
     """What a rule sees of one operation while masked channels are followed through it.
 
-    A value *vanishes* on an axis if masking a channel of the axis makes that channel zero.
+    A value *vanishes* on an axis if masking a channel of the axis makes that channel zero, in
+    every appearance of the axis: a square tensor carries one axis twice.
     """
 
     op: Op
@@ -108,8 +109,16 @@ class Flow(Protocol):
         """Axes within one dimension of an operand."""
         ...
 
+    def out(self) -> tuple[Atoms, ...]:
+        """Axes within each dimension of the (first) result."""
+        ...
+
     def zero(self, arg: Arg) -> Atoms:
-        """Axes on which an operand vanishes."""
+        """Axes on which an operand vanishes, wherever in it they appear."""
+        ...
+
+    def perhaps(self, arg: Arg) -> Atoms:
+        """Axes on which an operand vanishes in at least one of their appearances, or might."""
         ...
 
     def inexact(self, atoms: Atoms, why: str) -> None:
@@ -138,6 +147,26 @@ class Rebuild(Protocol):
     def label(self, name: str) -> int:
         """The new size of the axis that analysis made under this label."""
         ...
+
+
+def vanishing(f: Flow, arg: Arg, dim: int) -> Atoms:
+    """Returns the axes of one dimension of an operand on which it vanishes."""
+    if not isinstance(arg, Ref | ParamRef) or not -f.rank(arg) <= dim < f.rank(arg):
+        return frozenset()
+    return f.at(arg, dim) & f.zero(arg)
+
+
+def wherever(f: Flow, found: Sequence[Atoms]) -> Atoms:
+    """Returns the axes on which a result vanishes that does so, dimension by dimension, on `found`.
+
+    An axis that one dimension carries without vanishing there is none of them.
+    """
+    out: Atoms = frozenset()
+    broken: Atoms = frozenset()
+    for carried, zero in zip(f.out(), found, strict=True):
+        out |= carried & zero
+        broken |= carried - zero
+    return out - broken
 
 
 Analyse = Callable[[Context], None]

@@ -5,8 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgeon.axes.space import Expr, Extent
-from surgeon.ir.program import Arg, Op, Size
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, Rebuild, axis_of, rule
+from surgeon.ir.program import Arg, Op, Size, Sym
+from surgeon.ops.rule import (
+    Atoms,
+    Context,
+    Flow,
+    Gauge,
+    Rebuild,
+    axis_of,
+    rule,
+    vanishing,
+    wherever,
+)
 
 
 def keeps(f: Flow) -> Atoms:
@@ -46,7 +56,8 @@ def literal_shape(target: Arg, new: tuple[Size, ...], old: tuple[Size, ...]) -> 
     assert isinstance(target, tuple)
     out: list[Arg] = []
     for given, size, before in zip(target, new, old, strict=True):
-        out.append(size if given != -1 and size != before and isinstance(size, int) else given)
+        changed = given != -1 and size != before
+        out.append((Sym(size) if isinstance(size, str) else size) if changed else given)
     return tuple(out)
 
 
@@ -117,7 +128,14 @@ def squeeze(c: Context) -> None:
     _equate_all(c, tuple(e for i, e in enumerate(x) if i not in drop), out)
 
 
-@rule("aten.expand.default", vanish=keeps, rebuild=_rebuild_shape)
+def _expand_vanish(f: Flow) -> Atoms:
+    """What is repeated does not vanish along the repetition."""
+    x = f.op.arg(0)
+    rank = len(f.out())
+    return wherever(f, [vanishing(f, x, d) for d in range(-rank, 0)])
+
+
+@rule("aten.expand.default", vanish=_expand_vanish, rebuild=_rebuild_shape)
 def expand(c: Context) -> None:
     """Repeats dimensions of size one: the repetition is an axis of its own."""
     x, out = c.dims(c.op.arg(0)), c.out()
