@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -391,6 +392,8 @@ def demo(
 
 def main() -> None:
     """Runs the command; a user's mistake ends with its four parts and no traceback."""
+    # Libraries underneath draw bars of their own for steps that are not the user's.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except SurgeonError as error:

@@ -115,7 +115,6 @@ def open_model(
     weights = found.weights
     fixed = dict(captured.constants)
     if weights is not None:
-        weights.check(captured.program.params)
         fixed |= found.computed()
     return Model(
         found, captured.program, axes, weights, fixed, time.perf_counter() - start
@@ -357,6 +356,8 @@ def prune(
         dynamic_shapes=dynamic_shapes,
         trust_remote_code=trust_remote_code,
     )
+    if origin.source is not None and origin.source.weights is not None:
+        origin.source.weights.check(origin.program.params)
     recipe: list[dict[str, Any]] = []
     notes: list[str] = []
     start = time.perf_counter()

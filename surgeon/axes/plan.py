@@ -82,18 +82,23 @@ class Plan:
         return not (self.cuts or self.branches or self.rewrites)
 
     def to_json(self) -> str:
-        """Returns the plan as JSON text; `from_json(to_json(p)) == p`."""
-        data = {
+        """Returns the plan as JSON text, one cut a line; `from_json(to_json(p)) == p`."""
+        head = {
             "version": VERSION,
             "source": dict(self.source),
             "branches": list(self.branches),
             "rewrites": list(self.rewrites),
-            "cuts": [
-                {"axis": c.axis, "size": c.size, "outer": list(c.outer), "kept": c.kept}
-                for c in self.cuts
-            ],
         }
-        return json.dumps(data, indent=1, ensure_ascii=False)
+        fields = [f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
+        cuts = ",\n".join(
+            "  " + json.dumps(
+                {"axis": c.axis, "size": c.size, "outer": list(c.outer), "kept": c.kept},
+                ensure_ascii=False,
+                separators=(",", ":"),
+            )
+            for c in self.cuts
+        )
+        return "{" + ",\n ".join([*fields, '"cuts": [\n' + cuts + "\n ]"]) + "}"
 
     @classmethod
     def from_json(cls, text: str, where: str = "the plan") -> Plan:
