@@ -1,0 +1,78 @@
+"""Seconds and memory of capture and analysis, for shapes from 135M to 70B; no weights are made.
+
+    python tools/bench/capture.py [smollm2|7b|70b]
+
+Every shape runs in a process of its own, so that the peak is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+SHAPES = {
+    "smollm2": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "7b": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+    ),
+    "70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+}
+
+
+def measure(name: str) -> dict[str, float | str]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from surgeon.axes import analyse
+    from surgeon.capture.model import capture_model
+
+    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
+    made = time.perf_counter()
+    program = capture_model(model).program
+    captured = time.perf_counter()
+    axes = analyse(program)
+    analysed = time.perf_counter()
+    return {
+        "shape": name,
+        "operations": len(program.ops),
+        "axes": len(axes.axes),
+        "build_s": round(made - start, 2),
+        "capture_s": round(captured - made, 2),
+        "analyse_s": round(analysed - captured, 2),
+        "libraries_mib": round(libraries),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "--one":
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        for shape in sys.argv[1:] or SHAPES:
+            subprocess.run([sys.executable, __file__, "--one", shape], check=True)
