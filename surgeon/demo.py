@@ -60,9 +60,7 @@ def run(out: Path, ratio: float, windows: int) -> None:
     tokenizer = origin.source.load_tokenizer()
     dense = prune(origin, plan=Plan()).model.float()
     small = load_transformers(folder)
-    scores = [
-        perplexity(m, tokenizer, window=WINDOW, max_windows=windows) for m in (dense, small)
-    ]
+    scores = [perplexity(m, tokenizer, window=WINDOW, max_windows=windows) for m in (dense, small)]
     texts = [generate(m, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS) for m in (dense, small)]
     speed = _interleaved(dense, small)
     say("4. export to ONNX, run in ONNX Runtime")

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from surgeon.report.verify import Verification
 
 
-
 @dataclass(frozen=True)
 class Model:
     """A captured model: its program, its axes, and where its tensors are read."""
@@ -116,9 +115,7 @@ def open_model(
     fixed = dict(captured.constants)
     if weights is not None:
         fixed |= found.computed()
-    return Model(
-        found, captured.program, axes, weights, fixed, time.perf_counter() - start
-    )
+    return Model(found, captured.program, axes, weights, fixed, time.perf_counter() - start)
 
 
 def _open_module(source: Any, example_inputs: Any, dynamic_shapes: Any) -> Model | None:
@@ -205,9 +202,7 @@ class Pruned:
         from surgeon.emit.huggingface import choose
 
         source = self._source()
-        return choose(
-            self.axes, self.plan, source.config, source.model_class, self.origin.fixed
-        )
+        return choose(self.axes, self.plan, source.config, source.model_class, self.origin.fixed)
 
     def _source(self) -> Source:
         if self.origin.source is None:
@@ -252,9 +247,7 @@ class Pruned:
             )
         from surgeon.emit.huggingface import in_memory
 
-        wide = in_memory(
-            self.emission, self.selection, self.full, lambda _: torch.float32
-        )
+        wide = in_memory(self.emission, self.selection, self.full, lambda _: torch.float32)
         inputs = v.probes(_vocabulary(self._source().config), tokenizer)
         forward = v.transformers_forward(wide)
         found = v.check(forward, masked_model, inputs, self.axes, self.plan)
@@ -265,9 +258,7 @@ class Pruned:
             self.__dict__.pop("model", None)  # it was widened in place
         return found
 
-    def save(
-        self, path: str | Path, *, overwrite: bool = False, verify: bool = True
-    ) -> Report:
+    def save(self, path: str | Path, *, overwrite: bool = False, verify: bool = True) -> Report:
         """Writes the checkpoint, the plan and the report; nothing is there until all of it is.
 
         Args:
@@ -371,9 +362,7 @@ def prune(
         recipe.append({"pass": "replay", "options": {"source": dict(plan.source)}})
     check(origin.axes, plan)
     if origin.tensors is not None:
-        plan = replace(
-            plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id))
-        )
+        plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = _report(origin, plan, recipe, notes, ratio, seconds)
     result = Pruned(origin, plan, report, dict(rewrites or {}))
@@ -409,19 +398,13 @@ def _select(
     start = time.perf_counter()
     plan = selector.select(context, scores, budget)
     whole = time.perf_counter() - start
-    recipe.append(
-        {"pass": f"score/{score[0]}", "options": asdict(scorer), "seconds": spent[0]}
-    )
+    recipe.append({"pass": f"score/{score[0]}", "options": asdict(scorer), "seconds": spent[0]})
     options = {**asdict(selector), "ratio": budget.ratio, "roles": dict(budget.roles)}
-    recipe.append(
-        {"pass": f"select/{select[0]}", "options": options, "seconds": whole - spent[0]}
-    )
+    recipe.append({"pass": f"select/{select[0]}", "options": options, "seconds": whole - spent[0]})
     return plan
 
 
-def _check_scores(
-    axes: Axes, name: str, wanted: tuple[str, ...], found: Mapping[str, Any]
-) -> None:
+def _check_scores(axes: Axes, name: str, wanted: tuple[str, ...], found: Mapping[str, Any]) -> None:
     import numpy as np
 
     for target in wanted:

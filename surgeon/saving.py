@@ -200,9 +200,7 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
     stored = SafetensorsWeights(folder)
     emission = pruned.emission
     for old, new in emission.names.items():
-        want = hf.final(
-            emission, pruned.selection, pruned.full, old, pruned.origin.dtype(old)
-        )
+        want = hf.final(emission, pruned.selection, pruned.full, old, pruned.origin.dtype(old))
         if new not in stored or not torch.equal(stored[new], want):
             raise SurgeonError(
                 Code.VERIFY_FAILED,

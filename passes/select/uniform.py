@@ -225,9 +225,7 @@ class Uniform(SelectPass):
         outer = axis.outer if score.ndim > 1 else ()
         return cut(axis, order, outer)
 
-    def _unreachable(
-        self, context: Context, budget: Budget, best: int, why: str
-    ) -> SurgeonError:
+    def _unreachable(self, context: Context, budget: Budget, best: int, why: str) -> SurgeonError:
         total = count(context.program, budget.counted)
         return SurgeonError(
             Code.BAD_RATIO,

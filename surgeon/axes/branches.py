@@ -80,7 +80,9 @@ def _exclusive(program: Program, add: int, value: str) -> list[int]:
             if not isinstance(ref, Ref) or ref.name not in program.producer:
                 continue
             source = program.producer[ref.name]
-            users = {u for name in program.ops[source].outputs for u in program.consumers.get(name, ())}
+            users = {
+                u for name in program.ops[source].outputs for u in program.consumers.get(name, ())
+            }
             returned = set(program.ops[source].outputs) & set(program.outputs)
             if source not in found and users <= found and not returned:
                 found.add(source)

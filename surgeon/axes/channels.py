@@ -61,8 +61,10 @@ def _ordered(axes: Axes, axis: Axis, view: Any, layout: Layout, place: int) -> A
     places = [layout.index(o, 0, place) if o in layout[:place] else -1 for o in outer]
     front = [p for p in places if p >= 0]
     rest = [i for i in range(len(layout)) if i != place and i not in front]
-    moved = view.permute(*front, place, *rest) if hasattr(view, "permute") else view.transpose(
-        *front, place, *rest
+    moved = (
+        view.permute(*front, place, *rest)
+        if hasattr(view, "permute")
+        else view.transpose(*front, place, *rest)
     )
     sizes = [axes.by_name[n].size if p >= 0 else 1 for n, p in zip(axis.outer, places, strict=True)]
     return moved.reshape([*sizes, axis.size, -1])

@@ -89,9 +89,12 @@ class Plan:
             "branches": list(self.branches),
             "rewrites": list(self.rewrites),
         }
-        fields = [f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
+        fields = [
+            f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()
+        ]
         cuts = ",\n".join(
-            "  " + json.dumps(
+            "  "
+            + json.dumps(
                 {"axis": c.axis, "size": c.size, "outer": list(c.outer), "kept": c.kept},
                 ensure_ascii=False,
                 separators=(",", ":"),
@@ -359,4 +362,6 @@ def merged(plans: Iterable[Plan]) -> Plan:
         branches.update(dict.fromkeys(plan.branches))
         rewrites.update(dict.fromkeys(plan.rewrites))
         out = replace(out, source=plan.source or out.source)
-    return replace(out, cuts=tuple(cuts.values()), branches=tuple(branches), rewrites=tuple(rewrites))
+    return replace(
+        out, cuts=tuple(cuts.values()), branches=tuple(branches), rewrites=tuple(rewrites)
+    )

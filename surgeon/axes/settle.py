@@ -239,9 +239,7 @@ class _Settler:
         hidden = {a for a, roles in found.items() if "hidden" in roles}
         for atom in self._channels(hidden):
             found.setdefault(atom, set()).add("ffn")
-        return {
-            atom: next(r for r in ROLE_ORDER if r in roles) for atom, roles in found.items()
-        }
+        return {atom: next(r for r in ROLE_ORDER if r in roles) for atom, roles in found.items()}
 
     def _channels(self, hidden: set[int]) -> set[int]:
         """Axes that one linear map makes, maps change, and another contracts into the residual."""
@@ -260,4 +258,3 @@ class _Settler:
             for atom in into - hidden
             if {"produce", "contract"} <= kinds[atom] <= {"produce", "contract", "map"}
         }
-

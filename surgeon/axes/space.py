@@ -178,7 +178,9 @@ class Space:
                 self._split(y, x, rest, b)
                 del a[0]
             else:
-                raise Clash(f"{size_x} and {size_y} cut the same dimension at places that don't nest")
+                raise Clash(
+                    f"{size_x} and {size_y} cut the same dimension at places that don't nest"
+                )
             a, b = list(self.resolve(tuple(a))), list(self.resolve(tuple(b)))
         if a or b:
             raise Clash(f"sizes differ: {self.extent(left)} and {self.extent(right)}")

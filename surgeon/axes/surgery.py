@@ -118,9 +118,7 @@ def operate(axes: Axes, plan: Plan) -> Program:
         found = table.get(op.target)
         # Rules see operands under their own names; corrected averages are put in afterwards.
         new = found.rebuild(_Rebuild(resize, index, op)) if found and found.rebuild else op
-        types = tuple(
-            resize.type("%" + n, t) for n, t in zip(op.outputs, op.types, strict=True)
-        )
+        types = tuple(resize.type("%" + n, t) for n, t in zip(op.outputs, op.types, strict=True))
         new = replace(substitute_op(new, now), types=types)
         ops.append(new)
         share = share_of(axes, selection, index, op)
@@ -154,7 +152,11 @@ def share_of(axes: Axes, selection: Selection, index: int, op: Op) -> float:
     assert isinstance(x, Ref | ParamRef)
     exprs = axes.dims[("%" if isinstance(x, Ref) else "$") + x.name]
     dims = op.arg(1)
-    picked = range(len(exprs)) if not isinstance(dims, tuple) else [d for d in dims if isinstance(d, int)]
+    picked = (
+        range(len(exprs))
+        if not isinstance(dims, tuple)
+        else [d for d in dims if isinstance(d, int)]
+    )
     kept = total = 1
     for d in picked:
         for factor in exprs[d]:

@@ -58,7 +58,15 @@ def config_and_class(
     from transformers import CONFIG_MAPPING, AutoConfig
 
     folder = path.parent
-    refs: Mapping[str, Any] = raw.get("auto_map") or {}
+    refs: Any = raw.get("auto_map") or {}
+    if not isinstance(refs, dict) or (refs and path.name != "config.json"):
+        raise not_a_model(
+            f"{path.name} has an auto_map that can't be followed",
+            at=str(path),
+            why="only a config.json beside its code may have one, and it is a mapping",
+            try_="name the checkpoint folder",
+        )
+    refs = cast(Mapping[str, Any], refs)
     if refs and not trust_remote_code and not _is_own(folder, refs):
         raise SurgeonError(
             Code.REMOTE_CODE,
@@ -121,10 +129,13 @@ def causal_names() -> set[str]:
 
 def decodes(config: Any) -> bool:
     """Whether a config is that of a decoder and of nothing else."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         return False
-    # Encoders with a language-model head say so in a field that only their configs have.
-    return not ("is_decoder" in vars(type(config)) and not config.is_decoder)
+    # An encoder can be told to be a decoder; others carry the same field and don't read it.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    return not encoder or bool(getattr(config, "is_decoder", False))
 
 
 def causal_class(config: Any, where: str) -> type[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 import struct
@@ -176,7 +177,9 @@ class GGUFWeights(Weights):
     ) -> None:
         self.header = header
         self._class: Any = type(model)
-        self._config: Any = model.config
+        self._config: Any = copy.deepcopy(model.config)
+        if hasattr(self._config, "quantization_config"):  # as a model read from GGUF has it
+            del self._config.quantization_config
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self._shapes = {n: s for n, s in shapes.items() if n not in (aliases or {})}
         super().__init__(self._shapes, aliases)
@@ -186,7 +189,7 @@ class GGUFWeights(Weights):
         path = self.header.path
         model, info = self._class.from_pretrained(
             str(path.parent),
-            config=self._config,  # copied there; without it the header is parsed once more
+            config=self._config,  # without it the header is parsed once more
             gguf_file=path.name,
             dtype=torch.float32,
             output_loading_info=True,

@@ -16,7 +16,11 @@ from surgeon.capture.attention import operations
 from surgeon.ir import Arg, Op, Param, ParamRef, Program, Ref
 from surgeon.ir.program import op_refs, substitute_op
 
-IN, OUT, SKIP = "surgeon.layer_in.default", "surgeon.layer_out.default", "surgeon.layer_skip.default"
+IN, OUT, SKIP = (
+    "surgeon.layer_in.default",
+    "surgeon.layer_out.default",
+    "surgeon.layer_skip.default",
+)
 
 
 class _Index:
@@ -86,7 +90,8 @@ def _kind(layer: nn.Module, numbers: Numbers) -> Any:
         own = [
             (name, ("index",) if (path, name) in numbers else _state(value))
             for name, value in sorted(vars(module).items())
-            if name not in ("_parameters", "_buffers", "_modules", "training") and "hook" not in name
+            if name not in ("_parameters", "_buffers", "_modules", "training")
+            and "hook" not in name
         ]
         params = [(n, _state(p)) for n, p in module.named_parameters(recurse=False)]
         buffers = [(n, _state(b)) for n, b in module.named_buffers(recurse=False)]
@@ -255,9 +260,7 @@ def _bodies(program: Program, layers: Layers) -> dict[str, _Body] | None:
     return bodies
 
 
-def expand(
-    program: Program, layers: Layers, full: Mapping[str, Param]
-) -> Program | None:
+def expand(program: Program, layers: Layers, full: Mapping[str, Param]) -> Program | None:
     """Returns the program with every mark replaced by its layer, or None where that is not sound.
 
     Args:

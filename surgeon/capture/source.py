@@ -40,6 +40,7 @@ from surgeon.capture.weights import (
     StateDictWeights,
     Weights,
     bad_checkpoint,
+    computable,
     has_safetensors,
 )
 from surgeon.errors import Code, SurgeonError, near
@@ -100,6 +101,7 @@ class Source:
     remote_code: bool = False
     _meta: nn.Module = field(default_factory=nn.Module, repr=False, compare=False)
     _gguf: Path | None = field(default=None, repr=False, compare=False)
+    _trusted: bool = field(default=False, repr=False, compare=False)
 
     def meta_model(self) -> nn.Module:
         """The model with shapes and no values. It is one object: copy it to change it."""
@@ -121,7 +123,8 @@ class Source:
         names = {path.name for path in self.tokenizer_files} - {"generation_config.json"}
         if self.folder is None or not names:
             return self.tokenizer
-        return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=self.remote_code)
+        # That a model's code is our own says nothing of a tokenizer's.
+        return AutoTokenizer.from_pretrained(str(self.folder), trust_remote_code=self._trusted)
 
     def computed(self) -> dict[str, torch.Tensor]:
         """Returns the buffers that no checkpoint stores, computed from the config."""
@@ -225,6 +228,10 @@ def _from_model(model: nn.Module) -> Source:
             why=f"{unloaded[0]} is on the meta device, as offloaded weights are",
             try_="load the model without offloading, or pass the checkpoint's path",
         )
+    quantized = quantised(config.to_dict())
+    if quantized and all(computable(p.dtype) for p in model.parameters()):
+        # Unpacked when it was loaded: a GGUF file's config goes on saying how it was packed.
+        del config.quantization_config
     meta = on_meta(cls, config, cls.__name__)
     return Source(
         id=str(getattr(model, "name_or_path", "")) or cls.__name__,
@@ -234,7 +241,7 @@ def _from_model(model: nn.Module) -> Source:
         weights=None if unloaded else StateDictWeights(tensors, _ties(model)),
         dtype=model.dtype,
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
-        quantized=quantised(config.to_dict()),
+        quantized=quantized,
         _meta=meta,
     )
 
@@ -369,6 +376,7 @@ def _from_folder(folder: Path, name: str, kind: Kind, trust_remote_code: bool) -
         ),
         remote_code=remote,
         _meta=meta,
+        _trusted=trust_remote_code,
     )
 
 

@@ -168,7 +168,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 dtype, shape = self._meta(name)
                 if shape != param.type.shape:
                     wrong.append(f"{name} is {list(shape)} and should be {list(param.type.shape)}")
-                elif param.kind == "parameter" and not _computable(dtype):
+                elif param.kind == "parameter" and not computable(dtype):
                     wrong.append(f"{name} holds {dtype}, which is a packed or quantised form")
             self._check_tie(list(dict.fromkeys(self._own[n] for n in held)))
         if missing:
@@ -198,7 +198,8 @@ class Weights(Mapping[str, torch.Tensor]):
         )
 
 
-def _computable(dtype: torch.dtype) -> bool:
+def computable(dtype: torch.dtype) -> bool:
+    """Whether a parameter of this type holds its values themselves, not a packed form."""
     return dtype.is_floating_point and dtype.itemsize > 1
 
 

@@ -88,7 +88,9 @@ def _hidden(axes: Axes, selection: Selection) -> int:
     sizes = [selection.size(axes.number[a.name]) for a in axes.of_role("hidden")]
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) != 1:
-        raise _Refused(f"the model has {len(numbers)} residual widths, and a configuration names one")
+        raise _Refused(
+            f"the model has {len(numbers)} residual widths, and a configuration names one"
+        )
     return numbers[0]
 
 
@@ -447,7 +449,9 @@ def in_memory(
             SurgeonPrunedForCausalLM,
         )
 
-        data = {k: v for k, v in emission.config_json.items() if k not in ("auto_map", "model_type")}
+        data = {
+            k: v for k, v in emission.config_json.items() if k not in ("auto_map", "model_type")
+        }
         config: Any = SurgeonPrunedConfig(**data)
         model_class: Any = SurgeonPrunedForCausalLM
     else:

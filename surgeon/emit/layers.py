@@ -61,11 +61,7 @@ def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, objec
 
 def _attention(axes: Axes, selection: Selection, op: Op) -> dict[str, object]:
     q, k, v = axes.dims[_key(op, 0)], axes.dims[_key(op, 1)], axes.dims[_key(op, 2)]
-    groups = [
-        a
-        for a in leaves(k[1])
-        if a in axes.numbered and axes.numbered[a].role == "kv_heads"
-    ]
+    groups = [a for a in leaves(k[1]) if a in axes.numbered and axes.numbered[a].role == "kv_heads"]
     kv_heads = prod(s for s in (selection.size(a) for a in groups) if isinstance(s, int))
     scale, window = op.kwarg("scale"), op.kwarg("window")
     before = selection.full_width(q[-1])

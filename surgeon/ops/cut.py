@@ -66,7 +66,11 @@ def slice_(c: Context) -> None:
     end = _bound(c.op.arg(3), size, size) if isinstance(size, int) else None
     step = c.op.arg(4, 1)
     if not isinstance(size, int) or start is None or end is None or step != 1:
-        why = "a strided slice picks channels by number" if step != 1 else "a slice at a dynamic place"
+        why = (
+            "a strided slice picks channels by number"
+            if step != 1
+            else "a slice at a dynamic place"
+        )
         c.pin(x[dim], why)
         c.pin(c.out()[dim], why)
         return

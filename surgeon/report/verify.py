@@ -106,9 +106,7 @@ def probes(vocab: int, tokenizer: Any = None, *, length: int = 24, seed: int = 0
     return found
 
 
-def reference(
-    axes: Axes, plan: Plan, get: Get
-) -> nn.Module:
+def reference(axes: Axes, plan: Plan, get: Get) -> nn.Module:
     """Returns the masked model: full shape, dropped branches bypassed, zeros where channels go.
 
     Args:
@@ -184,9 +182,7 @@ def check(
 
 def inexact(axes: Axes, plan: Plan) -> tuple[str, ...]:
     """Returns why removing what the plan removes differs from masking it; empty if it doesn't."""
-    found = (
-        f"{c.axis}: {r.why}" for c in plan.cuts for r in axes.by_name[c.axis].inexact
-    )
+    found = (f"{c.axis}: {r.why}" for c in plan.cuts for r in axes.by_name[c.axis].inexact)
     return tuple(dict.fromkeys(found))
 
 

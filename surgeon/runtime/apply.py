@@ -97,7 +97,9 @@ _KEPT_ONLY = {
 }
 
 
-def kept_only(axes: Axes, selection: Selection, program_ops: Mapping[str, int]) -> dict[int, Normaliser]:
+def kept_only(
+    axes: Axes, selection: Selection, program_ops: Mapping[str, int]
+) -> dict[int, Normaliser]:
     """Returns for a masked reference the normalisers that must see kept channels only.
 
     Args:
@@ -118,4 +120,3 @@ def kept_only(axes: Axes, selection: Selection, program_ops: Mapping[str, int]) 
         kept[torch.from_numpy(selection.indices(tuple(f for e in exprs for f in e)))] = 1.0
         out[index] = make(kept.reshape(sizes))
     return out
-

@@ -46,36 +46,95 @@ def attention(
     A query that sees no key (padding before the first token) attends to all keys alike, so
     that nothing becomes NaN; such places are never read.
     """
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if heads != kv_heads:
-        k = k.repeat_interleave(heads // kv_heads, dim=1)
-        v = v.repeat_interleave(heads // kv_heads, dim=1)
-    rows = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
-    columns = torch.arange(k.shape[2], device=q.device)[None, :]
-    seen = columns <= rows if causal else columns >= 0
-    if window is not None:
-        seen = seen & (columns > rows - window)
-    seen = seen[None, None]
+    bias = attention_bias(q, k, padding, causal, window)
+    return attend(q, k, v, bias, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def attention_bias(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    padding: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor | None:
+    """Returns what is added to scores: 0 where a key is seen, the lowest number where not.
+
+    Args:
+        q: queries `[B, Hq, S, D]`, of which shape and element type are used.
+        k: keys `[B, Hkv, T, D]`, likewise.
+        padding: `[B, T]`, false or 0 where a key is no token.
+        causal: whether query i of S sees keys up to i + T - S only.
+        window: of those, only so many of the last.
+
+    Returns:
+        `[B or 1, 1, S, T]`, or None where every key is seen.
+    """
+    seen: torch.Tensor | None = None
+    if causal or window is not None:
+        rows = torch.arange(q.shape[2], device=q.device) + (k.shape[2] - q.shape[2])
+        rows = rows.unsqueeze(-1)
+        columns = torch.arange(k.shape[2], device=q.device).unsqueeze(0)
+        if causal:
+            seen = columns <= rows
+        if window is not None:
+            near = columns > rows - window
+            seen = near if seen is None else torch.logical_and(seen, near)
     if padding is not None:
-        seen = seen & padding.to(torch.bool)[:, None, None, :]
-    bias = torch.where(seen, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+        tokens = padding if padding.dtype == torch.bool else padding != 0
+        tokens = tokens.unsqueeze(1).unsqueeze(2)
+        seen = tokens if seen is None else torch.logical_and(seen, tokens)
+        seen = seen.expand(-1, -1, q.shape[2], -1)
+    if seen is None:
+        return None
+    seen = seen if seen.dim() == 4 else seen.unsqueeze(0).unsqueeze(0)
+    # Not -inf: a row of nothing else would become NaN.
+    zero, lowest = q.new_zeros(()), q.new_full((), torch.finfo(q.dtype).min)
+    return torch.where(seen, zero, lowest)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns attention `[B, Hq, S, Dv]` over scores to which `bias` is added."""
+    times = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, bias, scale=scale, enable_gqa=times > 1
+        )
+    k, v = _repeated(k, times), _repeated(v, times)
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + bias
+    if bias is not None:
+        scores = scores + bias
     if sinks is not None:
-        sink = sinks[None, :, None, None].expand(q.shape[0], -1, q.shape[2], 1)
-        weights = torch.softmax(torch.cat([scores, sink], dim=-1).float(), dim=-1)[..., :-1]
-    else:
-        weights = torch.softmax(scores.float(), dim=-1)
-    return weights.to(q.dtype) @ v
+        sink = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    shares = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    if sinks is not None:
+        shares = shares.narrow(-1, 0, k.shape[2])
+    return (shares if shares.dtype == q.dtype else shares.to(q.dtype)) @ v
+
+
+def _repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeats each head of `[B, H, T, D]` so many times, in place of `repeat_interleave`.
+
+    Exporters know `expand` and `reshape`; `repeat_interleave` they have to take apart.
+    """
+    if times == 1:
+        return x
+    b, h, t, d = x.shape
+    return x.unsqueeze(2).expand(b, h, times, t, d).reshape(b, h * times, t, d)
 
 
 def _target(name: str) -> Callable[..., Any]:
-    if name == "surgeon.attention":
-        return attention
     try:
         return reduce(getattr, name.split("."), torch.ops)
     except AttributeError as error:
@@ -95,39 +154,22 @@ class _Builder:
         self.env: dict[str, fx.Node] = {}
         self.sizes: dict[str, fx.Node] = {}
         self.params: dict[str, fx.Node] = {}
-        self.attribute: dict[str, str] = {}
+        self.biases: dict[Any, fx.Node] = {}
 
     def size(self, expression: str) -> Any:
-        return self._evaluate(ast.parse(expression, mode="eval").body)
+        def call(function: Callable[..., Any], *args: Any) -> Any:
+            if all(isinstance(a, int) for a in args):
+                return function(*args)
+            return self.graph.call_function(function, args)
 
-    def _evaluate(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name):
-            if node.id not in self.sizes:
-                self.sizes[node.id] = self._symbol(node.id)
-            return self.sizes[node.id]
-        if isinstance(node, ast.BinOp):
-            table: dict[type[ast.operator], Callable[..., Any]] = {
-                ast.Add: operator.add,
-                ast.Sub: operator.sub,
-                ast.Mult: operator.mul,
-                ast.FloorDiv: operator.floordiv,
-            }
-            left, right = self._evaluate(node.left), self._evaluate(node.right)
-            call = table[type(node.op)]
-            if isinstance(left, int) and isinstance(right, int):
-                return call(left, right)
-            return self.graph.call_function(call, (left, right))
-        raise SurgeonError(
-            Code.BAD_PROGRAM,
-            "a symbolic size can't be computed",
-            at=ast.unparse(node),
-            why="only sums, products and quotients of sizes are known",
-            try_="capture the model with plain batch and sequence sizes",
-        )
+        return evaluate(expression, self._symbol, call)
 
     def _symbol(self, name: str) -> fx.Node:
+        if name not in self.sizes:
+            self.sizes[name] = self._input_size(name)
+        return self.sizes[name]
+
+    def _input_size(self, name: str) -> fx.Node:
         for given in self.program.inputs:
             for dim, size in enumerate(given.type.shape):
                 if size == name:
@@ -158,22 +200,88 @@ class _Builder:
                 return arg
 
     def op(self, index: int, op: Op) -> None:
-        call = self.change.get(index) or _target(op.target)
-        target = op.target
-        if target in ("aten.view.default", "aten._unsafe_view.default"):
+        args: tuple[Any, ...] = tuple(self.arg(a) for a in op.args)
+        kwargs: dict[str, Any] = {k: self.arg(v) for k, v in op.kwargs}
+        target, type_of = op.target, self.program.type_of
+        call: Callable[..., Any] | None = self.change.get(index)
+        if call is not None:
+            pass
+        elif target in ("aten.view.default", "aten._unsafe_view.default"):
             call = torch.ops.aten.reshape.default  # layouts are torch's own affair here
-        node = self.graph.call_function(
-            call, tuple(self.arg(a) for a in op.args), {k: self.arg(v) for k, v in op.kwargs}
-        )
-        if len(op.outputs) == 1:
-            self.env[op.outputs[0]] = node
+        elif target == "surgeon.attention":
+            q, k, v, *padding = args
+            causal, window = kwargs.pop("causal"), kwargs.pop("window", None)
+            bias = self.bias(op, q, k, padding[0] if padding else None, causal, window)
+            call, args = attend, (q, k, v, bias)
+        elif target == "aten.to.dtype" and type_of(op.arg(0)).dtype != op.types[0].dtype:
+            # What `to` comes to where the type differs; unlike `to`, every exporter knows it.
+            call, args, kwargs = torch.ops.aten._to_copy.default, args[:1], {"dtype": args[1]}
+        else:
+            call = _target(target)
+        # Named after the value, so that torch's own messages can be traced to the operation.
+        name = op.outputs[0] if len(op.outputs) == 1 else None
+        node = self.graph.create_node("call_function", call, args, kwargs, name=name)
+        if name is not None:
+            self.env[name] = node
             return
-        for i, name in enumerate(op.outputs):
-            self.env[name] = self.graph.call_function(operator.getitem, (node, i))
+        for i, output in enumerate(op.outputs):
+            self.env[output] = self.graph.call_function(operator.getitem, (node, i))
+
+    def bias(self, op: Op, q: Any, k: Any, padding: Any, causal: Any, window: Any) -> fx.Node:
+        """Returns the mask of an attention, made once for all that see the same keys."""
+        q_type, k_type = self.program.type_of(op.arg(0)), self.program.type_of(op.arg(1))
+        key = (q_type.dtype, q_type.shape[2], k_type.shape[2], padding, causal, window)
+        if key not in self.biases:
+            self.biases[key] = self.graph.call_function(
+                attention_bias, (q, k, padding, causal, window)
+            )
+        return self.biases[key]
 
 
-class Lowered(fx.GraphModule):
-    """A program as a torch module: the inputs in the program's order, the first output or all."""
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+
+
+def evaluate(
+    expression: str,
+    symbol: Callable[[str], Any],
+    call: Callable[..., Any] = lambda function, *args: function(*args),
+) -> Any:
+    """Returns a symbolic size, such as `batch*seq + 1`, computed.
+
+    Args:
+        expression: of sums, differences, products and whole quotients of symbols and numbers.
+        symbol: the value of a symbol.
+        call: applies a function of `operator` to values.
+
+    Raises:
+        SurgeonError: `bad-program` where the expression is none of these.
+    """
+
+    def value(node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(int(number)):
+                return number
+            case ast.Name(name):
+                return symbol(name)
+            case ast.UnaryOp(ast.USub(), operand):
+                return call(operator.neg, value(operand))
+            case ast.BinOp(left, op, right) if type(op) in _ARITHMETIC:
+                return call(_ARITHMETIC[type(op)], value(left), value(right))
+            case _:
+                raise SurgeonError(
+                    Code.BAD_PROGRAM,
+                    "a symbolic size can't be computed",
+                    at=expression,
+                    why=f"{ast.unparse(node)} is no sum, product or whole quotient of sizes",
+                    try_="capture the model with plain batch and sequence sizes",
+                )
+
+    return value(ast.parse(expression, mode="eval").body)
 
 
 def lower(
