@@ -18,6 +18,7 @@ def load(
     Args:
         model: an ONNX file, or anything that `open_model` takes.
         tokenizer: a folder with a tokenizer, for a model that has none beside it.
+        trust_remote_code: run modelling code that comes with a checkpoint.
 
     Raises:
         SurgeonError: why it can't be loaded.

@@ -132,7 +132,7 @@ def _open_module(source: Any, example_inputs: Any, dynamic_shapes: Any) -> Model
         captured, exported = capture_module(source, example_inputs, None, dynamic_shapes)
     else:
         return None
-    tensors = {**exported.state_dict, **exported.constants, **captured.constants}
+    tensors: dict[str, Any] = {**exported.state_dict, **exported.constants, **captured.constants}
     return Model(None, captured.program, analyse(captured.program), tensors)
 
 
@@ -411,7 +411,7 @@ def _check_scores(axes: Axes, name: str, wanted: tuple[str, ...], found: Mapping
         array = found.get(target)
         axis = axes.by_name.get(target)
         ok = array is not None and bool(np.isfinite(array).all())
-        if ok and axis is not None:
+        if array is not None and ok and axis is not None:
             outer = tuple(axes.by_name[o].size for o in axis.outer)
             ok = array.shape in ((axis.size,), (*outer, axis.size))
         if not ok:

@@ -37,7 +37,7 @@ class Uniform(SelectPass):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     ffn_limit: float = 0.75
-    """Largest share of the MLP width that the overall ratio may take before it turns to attention."""
+    """Largest share of the MLP width that the overall ratio takes before it turns to attention."""
 
     multiple_of: int = 1
     """Kept MLP and residual widths are multiples of this (64 suits tensor cores)."""

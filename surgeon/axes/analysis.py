@@ -129,6 +129,7 @@ def derive(program: Program, table: dict[str, OpRule] | None = None) -> Facts:
     """Returns everything the operations' rules say of `program`.
 
     Args:
+        program: a well-formed program.
         table: the rules by operation; by default those of `surgeon.ops`.
     """
     table = rules() if table is None else table

@@ -199,7 +199,7 @@ def _relate(system: _System, op: Op, average: bool) -> None:
         system.add(terms, zero, op.where)
     elif op.target in ("aten.rsqrt.default", "aten.sqrt.default"):
         half = Fraction(-1, 2) if "rsqrt" in op.target else Fraction(1, 2)
-        terms = {k: half for k in _terms([a])}
+        terms = dict.fromkeys(_terms([a]), half)
         terms[outs[0]] = Fraction(-1)
         system.add(terms, zero, op.where)
     elif op.target == "aten.linear.default":

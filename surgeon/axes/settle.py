@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from os.path import commonprefix
+from itertools import takewhile
 
 from surgeon.axes.analysis import Facts, MaskFlow, derive, extent_number, key
 from surgeon.axes.axes import Axes, Axis, Member, Reason
@@ -35,7 +35,8 @@ def analyse(program: Program, table: dict[str, OpRule] | None = None) -> Axes:
 
 def _scope(params: Iterable[str]) -> str:
     paths = [name.split(".")[:-1] for name in params]
-    return ".".join(commonprefix(paths)) if paths else ""  # type: ignore[type-var]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in same)
 
 
 def _together(expr: Expr) -> Counter[int]:

@@ -1,4 +1,4 @@
-"""Surgeon's attention operation, and Transformers' doors through which models are traced with it."""
+"""Surgeon's attention operation, and how Transformers' models are traced with it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> tor
 
 @cache
 def register() -> str:
-    """Registers the operation with Transformers' attention and mask interfaces; returns its name."""
+    """Registers the operation with Transformers' attention and mask interfaces, by its name."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

@@ -94,7 +94,7 @@ def _export(model: nn.Module, config: Any) -> ExportedProgram:
         )
 
 
-_AXES = {name: ("batch", "seq") for name in INPUTS}
+_AXES: dict[str, tuple[str, ...]] = {name: ("batch", "seq") for name in INPUTS}  # noqa: C420
 
 
 def _trained_length(module: nn.Module) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,14 +29,14 @@ class _Index:
     def __init__(self, value: int, log: set[int]) -> None:
         self.value, self.log = value, log
 
-    def _read(self) -> int:
+    def read(self) -> int:
         self.log.add(self.value)
         return self.value
 
 
 def _forward(name: str) -> Any:
     def method(self: _Index, *args: Any) -> Any:
-        return getattr(self._read(), name)(*args)
+        return getattr(self.read(), name)(*args)
 
     return method
 
@@ -144,8 +144,8 @@ def find_layers(model: nn.Module) -> tuple[Layers, dict[str, nn.Module]]:
 
 
 @contextmanager
-def short_circuit(layers: Layers, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """While active, a layer that repeats another only marks its place, and the others mark their ends."""
+def short_circuit(layers: Layers, modules: Mapping[str, nn.Module]) -> Generator[None, None, None]:
+    """While active, a layer that repeats another only marks its place; others mark their ends."""
     operations()
     undo: list[Any] = []
     for path in layers.paths:

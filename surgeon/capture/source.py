@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import nn
@@ -356,13 +356,7 @@ def _from_folder(folder: Path, name: str, kind: Kind, trust_remote_code: bool) -
             "config.json alone can be inspected",
         )
     meta: Any = on_meta(cls, config, str(folder))
-    wanted = meta.state_dict().keys()
-    prefix = str(getattr(cls, "base_model_prefix", ""))
-
-    def rename(stored: Collection[str]) -> Mapping[str, str]:
-        return _renames(stored, wanted, prefix)
-
-    weights = SafetensorsWeights(folder, _ties(meta), rename)
+    weights = SafetensorsWeights(folder, _ties(meta), lambda stored: _renames(stored, meta))
     return Source(
         id=name,
         kind=kind,
@@ -428,16 +422,30 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return {alias: p.name for p in all_params(model).values() for alias in p.aliases}
 
 
-def _renames(stored: Collection[str], wanted: Collection[str], prefix: str) -> dict[str, str]:
-    """Checkpoints of a base model lack its prefix; those of a wrapper may have one too many."""
+def _renames(stored: Collection[str], model: nn.Module) -> dict[str, str]:
+    """The model's names for stored ones that differ, by the rules that Transformers loads by.
+
+    A class may have been renamed since the checkpoint was written, and the checkpoint of a
+    base model lacks its prefix. What needs more than a name keeps its own and will be missed.
+    """
+    wanted = model.state_dict().keys()
+    unknown = [key for key in stored if key not in wanted]
+    if not unknown:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = [r for r in get_model_conversion_mapping(cast(Any, model)) if type(r) is WeightRenaming]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     out: dict[str, str] = {}
-    for key in stored:
-        if not prefix or key in wanted:
-            continue
-        bare = key.removeprefix(prefix + ".")
-        new = next((n for n in (f"{prefix}.{key}", bare) if n in wanted), None)
-        if new is not None and new not in stored:
-            out[key] = new
+    for key in unknown:
+        name = key
+        for rule in rules:
+            name = rule.rename_source_key(name)[0]
+        for new in (name, prefix + name, name.removeprefix(prefix)):
+            if new in wanted and new not in stored:
+                out[key] = new
+                break
     return out
 
 

@@ -1,4 +1,4 @@
-"""Transformers configurations of pruned models: which fields say what, and which classes can say it.
+"""Transformers configurations of pruned models: which fields and classes say what.
 
 This is the one place that knows configuration field names. What a candidate really means is not
 believed from its fields: the model it describes is built without values and compared.
@@ -19,9 +19,21 @@ HEADS = ("num_attention_heads", "n_head")
 KV_HEADS = ("num_key_value_heads",)
 HEAD_DIM = ("head_dim",)
 DEPTH = ("num_hidden_layers", "n_layer")
+LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type")
+"""Fields with one entry a layer; other lists (several end tokens) may be as long by chance."""
+
+PACKAGED = "surgeon_pruned"
+"""Model type of the packaged modelling file."""
 
 PER_LAYER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose decoder layer the packaged modelling file spells out."""
+
+
+def family(config: Any) -> str:
+    """Returns the model type that parameters are named after, also of an earlier result."""
+    if config.model_type == PACKAGED:
+        return str(config.source_model_type)
+    return str(config.model_type)
 
 _COMMON = (
     *("vocab_size", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
@@ -52,7 +64,7 @@ class Candidate:
 
 
 def _set(data: dict[str, Any], config: Any, names: Sequence[str], value: int) -> None:
-    known = {**data, **{n: None for n in getattr(config, "attribute_map", {})}}
+    known = {**data, **dict.fromkeys(getattr(config, "attribute_map", {}))}
     targets = [n for n in names if n in known]
     for name in targets:
         data[getattr(config, "attribute_map", {}).get(name, name)] = value
@@ -60,8 +72,9 @@ def _set(data: dict[str, Any], config: Any, names: Sequence[str], value: int) ->
 
 def _sliced(data: dict[str, Any], depth: int, kept: Sequence[int]) -> None:
     """Takes the entries of kept layers from every list that has one entry a layer."""
-    for name, value in data.items():
-        if isinstance(value, list) and len(value) == depth and name != "architectures":
+    for name in LISTS:
+        value = data.get(name)
+        if isinstance(value, list) and len(value) == depth:
             data[name] = [value[i] for i in kept]
 
 
@@ -83,6 +96,9 @@ def original(config: Any, model_class: type, shape: Shape) -> Candidate:
         _set(data, config, HEADS, first.heads)
         _set(data, config, KV_HEADS, first.kv_heads)
         _set(data, config, HEAD_DIM, first.qk)
+        if first.qk * first.heads != shape.hidden:
+            # Many classes read this width without declaring it; by itself it would be another.
+            data.setdefault("head_dim", first.qk)
     data.pop("quantization_config", None)
     data.pop("per_layer_config", None)
     return Candidate(model_class, type(config).from_dict(data))
@@ -107,7 +123,7 @@ def mistral(config: Any, shape: Shape) -> Candidate:
     """Returns Llama as Mistral without a window: the same names and sums, fewer conditions."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    data = {**_common(config), **_sizes(shape), "head_dim": shape.layers[0].qk}
+    data: dict[str, Any] = {**_common(config), **_sizes(shape), "head_dim": shape.layers[0].qk}
     out = MistralConfig(**data, sliding_window=None)
     return Candidate(
         MistralForCausalLM,
@@ -121,9 +137,9 @@ def granite(config: Any, shape: Shape) -> Candidate:
     """Returns Llama with biases as Granite with multipliers 1 and the attention's own scale."""
     from transformers import GraniteConfig, GraniteForCausalLM
 
+    data: dict[str, Any] = {**_common(config), **_sizes(shape)}
     out = GraniteConfig(
-        **_common(config),
-        **_sizes(shape),
+        **data,
         attention_bias=bool(getattr(config, "attention_bias", False)),
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
         attention_multiplier=shape.layers[0].scale,
@@ -142,8 +158,10 @@ def granite(config: Any, shape: Shape) -> Candidate:
 
 def stock(config: Any, model_class: type, shape: Shape) -> Iterator[tuple[str, Any]]:
     """Yields makers of stock candidates by name, best first."""
+    if config.model_type == PACKAGED:
+        return
     yield model_class.__name__, lambda: original(config, model_class, shape)
-    if config.model_type in ("llama", "mistral"):
+    if config.model_type == "llama":
         yield "MistralForCausalLM", lambda: mistral(config, shape)
         yield "GraniteForCausalLM", lambda: granite(config, shape)
 
@@ -211,7 +229,7 @@ def per_layer(
     plain += ("max_position_embeddings", "tie_word_embeddings", "dtype")
     out: dict[str, Any] = {name: known[name] for name in plain if name in known}
     out |= {
-        "source_model_type": config.model_type,
+        "source_model_type": family(config),
         "hidden_size": shape.hidden,
         "num_hidden_layers": len(kept),
         **common,

@@ -18,8 +18,8 @@ from surgeon.axes.fold import Fold, Unfoldable, folds
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.axes.space import leaves
 from surgeon.axes.surgery import share_of
-from surgeon.capture.model import all_params, capture_model
 from surgeon.capture.buffers import computed_buffers
+from surgeon.capture.model import all_params, capture_model
 from surgeon.emit.files import TensorSpec, write_safetensors
 from surgeon.emit.hf_config import (
     PER_LAYER_FAMILIES,

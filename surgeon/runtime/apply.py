@@ -103,6 +103,8 @@ def kept_only(
     """Returns for a masked reference the normalisers that must see kept channels only.
 
     Args:
+        axes: the axes of the whole model.
+        selection: what is removed.
         program_ops: the index, in the reference program, of the operation that makes each value.
     """
     out: dict[int, Normaliser] = {}
