@@ -226,6 +226,13 @@ class Pruned:
 
         return in_memory(self.emission, self.selection, self.full, self.origin.dtype)
 
+    @cached_property
+    def masked(self) -> nn.Module:
+        """The original in full shape with zeros where channels go and dropped branches bypassed."""
+        from surgeon.report.verify import reference
+
+        return reference(self.axes, self.plan, self.full)
+
     def verify(self, tokenizer: Any = None) -> Verification:
         """Returns how the smaller model compares with the masked one.
 
@@ -236,14 +243,14 @@ class Pruned:
 
         from surgeon.report import verify as v
 
-        masked_model = v.reference(self.axes, self.plan, self.full)
+        masked_model = self.masked
         if self.origin.source is None:
             raise SurgeonError(
                 Code.BAD_OPTION,
                 "a plain module is verified by its own inputs",
                 at=self.origin.id,
                 why="only language models have known inputs",
-                try_="compare `.model` with `surgeon.masked` on inputs of your own",
+                try_="compare `.model` with `.masked` on inputs of your own",
             )
         from surgeon.emit.huggingface import in_memory
 

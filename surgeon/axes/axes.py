@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.branches import Branch
 from surgeon.axes.space import Expr, Sum, leaves, occurrences
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.ir.program import Program
 from surgeon.ops.rule import Gauge
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from surgeon.axes.analysis import Facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,14 @@ class Axes:
     numbered: Mapping[int, Axis]
     sizes: Mapping[int, int | str]
     labels: Mapping[tuple[int, str], Expr]
+    facts: Facts
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        """The coupling graph: its components are the axes, its shortest paths the proofs."""
+        from surgeon.axes.graph import coupling_graph
+
+        return coupling_graph(self.facts)
 
     @cached_property
     def by_name(self) -> Mapping[str, Axis]:

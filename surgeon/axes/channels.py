@@ -58,7 +58,8 @@ class _Walk:
 
 def _ordered(axes: Axes, axis: Axis, view: Any, layout: Layout, place: int) -> Any:
     outer = [axes.number[name] for name in axis.outer]
-    places = [layout.index(o, 0, place) if o in layout[:place] else -1 for o in outer]
+    # The nearest one before it: a parameter may carry the same axes in another dimension as well.
+    places = [max((i for i in range(place) if layout[i] == o), default=-1) for o in outer]
     front = [p for p in places if p >= 0]
     rest = [i for i in range(len(layout)) if i != place and i not in front]
     moved = (

@@ -124,6 +124,7 @@ class _Settler:
             numbered,
             sizes,
             labels,
+            self.facts,
         )
 
     def _pins(self) -> dict[int, list[Reason]]:
