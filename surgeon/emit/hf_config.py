@@ -35,6 +35,7 @@ def family(config: Any) -> str:
         return str(config.source_model_type)
     return str(config.model_type)
 
+
 _COMMON = (
     *("vocab_size", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"),

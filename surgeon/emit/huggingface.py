@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,24 +14,27 @@ from typing import Any
 import torch
 
 from surgeon.axes.axes import Axes
+from surgeon.axes.branches import ATTENTION
 from surgeon.axes.fold import Fold, Unfoldable, folds
 from surgeon.axes.plan import Plan, Selection, dropped
-from surgeon.axes.space import leaves
+from surgeon.axes.space import Expr, leaves
 from surgeon.axes.surgery import share_of
 from surgeon.capture.buffers import computed_buffers
 from surgeon.capture.model import all_params, capture_model
 from surgeon.emit.files import TensorSpec, write_safetensors
 from surgeon.emit.hf_config import (
+    PACKAGED,
     PER_LAYER_FAMILIES,
     Biases,
     Candidate,
     Shape,
+    family,
     per_layer,
     stock,
 )
 from surgeon.emit.layers import LayerShape, layer_shapes
 from surgeon.errors import Code, SurgeonError
-from surgeon.ir.program import ParamRef
+from surgeon.ir.program import Arg, ParamRef, Ref
 from surgeon.runtime.apply import Get, removed
 
 MODELLING = Path(__file__).with_name("modeling_surgeon_pruned.py")
@@ -156,9 +159,9 @@ def choose(
                 reasons.append(f"{label}: {refused}")
     else:
         reasons.append(f"{model_class.__name__}: its layers differ in width or lack a branch")
-    if config.model_type in PER_LAYER_FAMILIES:
+    if family(config) in PER_LAYER_FAMILIES:
         return _packaged(axes, selection, shape, names, config)
-    reasons.append(f"no per-layer modelling file for {config.model_type}")
+    reasons.append(f"no per-layer modelling file for {family(config)}")
     raise _refusal(reasons, config)
 
 
@@ -247,11 +250,11 @@ def _buffers(
     Returns the buffers that come out as a multiple of what is needed, by name; a table of
     positions must agree exactly.
     """
-    needed = axes.program.params
+    gone = dropped(axes, selection.plan)
     theirs = computed_buffers(candidate.model_class, candidate.config)
     out: dict[str, float] = {}
-    for p in needed:
-        if p.kind != "computed":
+    for p in axes.program.params:
+        if p.kind != "computed" or p.name in gone:
             continue
         want = removed(selection, p.name, buffers[p.name])
         got = theirs.get(p.name)
@@ -287,6 +290,8 @@ def _scales(
         base = math.sqrt(share)
         exponents: dict[str, Fraction] = {}
         for name, ratio in list(left.items()):
+            if ratio <= 0:
+                continue
             power = math.log(ratio) / math.log(base)
             if abs(power - round(power)) < 1e-4:
                 exponents[name] = Fraction(round(power))
@@ -309,35 +314,35 @@ def _packaged(
     axes: Axes, selection: Selection, shape: Shape, names: dict[str, str], config: Any
 ) -> Emission:
     """Returns the emission for the packaged modelling file, which reads widths per layer."""
-    biases = _biases(axes, names)
+    attention = [op for op in axes.program.ops if op.target in ATTENTION]
     norms: dict[str, set[float]] = {"hidden": set(), "qk": set()}
-    hidden = {axes.number[a.name] for a in axes.of_role("hidden")}
     for index, op in enumerate(axes.program.ops):
-        if op.target != "aten.mean.dim":
-            continue
-        ref = op.arg(0)
-        carried = axes.dims[("$" if isinstance(ref, ParamRef) else "%") + ref.name]  # type: ignore[union-attr]
-        kind = "hidden" if hidden & set(leaves(carried[-1])) else "qk"
-        norms[kind].add(share_of(axes, selection, index, op))
+        if op.target == "aten.mean.dim":
+            kind = "hidden" if _roles(axes, op.arg(0)) & {"hidden"} else "qk"
+            norms[kind].add(share_of(axes, selection, index, op))
     rotary = axes.of_role("rotary")
-    pairs: list[int] | None = None
-    rotary_dim = 0
-    if len(rotary) == 1:
-        rotary_dim = 2 * rotary[0].size
-        found = selection.plan.by_axis.get(rotary[0].name)
-        pairs = [int(i) for i in found.array] if found else None
+    cuts = [selection.plan.by_axis.get(a.name) for a in rotary]
+    pairs = [int(i) for i in cuts[0].array] if len(cuts) == 1 and cuts[0] else None
+    # An earlier result's own file knows what was removed before: this plan counts from there.
+    earlier = config if config.model_type == PACKAGED else None
+    if earlier is not None:
+        rotary_dim = int(earlier.rotary_dim)
+    else:
+        rotary_dim = selection.full_width(_dims(axes, attention[0].arg(0))[-1]) if attention else 0
     data = per_layer(
         config,
         shape,
-        biases,
-        rotary_dim=int(getattr(config, "rotary_dim", None) or rotary_dim),
-        rotary_pairs=_composed(getattr(config, "rotary_pairs", None), pairs),
-        norm_mean_scale=max(norms["hidden"], default=1.0),
-        qk_norm_mean_scale=max(norms["qk"], default=1.0),
+        _biases(axes, names),
+        rotary_dim=rotary_dim,
+        rotary_pairs=_composed(earlier.rotary_pairs if earlier else None, pairs),
+        norm_mean_scale=max(norms["hidden"], default=1.0)
+        * (earlier.norm_mean_scale if earlier else 1.0),
+        qk_norm_mean_scale=max(norms["qk"], default=1.0)
+        * (earlier.qk_norm_mean_scale if earlier else 1.0),
     )
     data["architectures"] = ["SurgeonPrunedForCausalLM"]
     data["auto_map"] = AUTO_MAP
-    data["model_type"] = "surgeon_pruned"
+    data["model_type"] = PACKAGED
     note = (
         "layers differ in width or shape, so the checkpoint carries its modelling file: load it "
         "with trust_remote_code=True (it does not need Surgeon)"
@@ -352,30 +357,35 @@ def _composed(before: list[int] | None, kept: list[int] | None) -> list[int] | N
     return [before[i] for i in kept]
 
 
-def _biases(axes: Axes, names: Mapping[str, str]) -> Biases:
-    """Reads from the captured parameters which projections have a bias, by their axes."""
-    role = {axes.number[a.name]: a.role for a in axes.axes}
+def _dims(axes: Axes, arg: Arg) -> tuple[Expr, ...]:
+    assert isinstance(arg, Ref | ParamRef)
+    return axes.dims[("%" if isinstance(arg, Ref) else "$") + arg.name]
+
+
+def _roles(axes: Axes, arg: Arg, dim: int = -1) -> set[str]:
+    """Returns the roles of the axes in one dimension; an axis of a single index isn't there."""
+    found = (axes.numbered.get(a) for a in leaves(_dims(axes, arg)[dim]))
+    return {axis.role for axis in found if axis}
+
+
+def _biases(axes: Axes, names: Collection[str]) -> Biases:
+    """Reads from the program which projections have a bias, and whether heads have a norm."""
     attention = output = mlp = qk_norm = False
-    for name in names:
-        dims = axes.param_dims(name)
-        if len(dims) != 1:
-            continue
-        roles = {role.get(a, "") for a in leaves(dims[0])}
-        if "kv_heads" in roles:
-            attention = True
-        elif "ffn" in roles:
-            mlp = True
-        elif roles & {"rotary", "qk"}:
+    for op in axes.program.ops:
+        own = {r.name for r in op.args if isinstance(r, ParamRef)} & set(names)
+        if op.target == "aten.linear.default":
+            bias, weight = op.arg(2), op.arg(1)
+            if not isinstance(bias, ParamRef) or bias.name not in own:
+                continue
+            made, read = _roles(axes, weight, 0), _roles(axes, weight, 1)
+            if "ffn" in made | read:
+                mlp = True
+            elif "hidden" in made:
+                output = True
+            else:
+                attention = True
+        elif any(_roles(axes, ParamRef(name)) & {"rotary", "qk"} for name in own):
             qk_norm = True
-        elif "hidden" in roles:
-            readers = [axes.program.ops[i] for i in axes.program.readers.get(name, ())]
-            for op in readers:
-                if op.target == "aten.linear.default" and op.arg(2) == ParamRef(name):
-                    weight = op.arg(1)
-                    assert isinstance(weight, ParamRef)
-                    inner = {role.get(a, "") for a in leaves(axes.param_dims(weight.name)[1])}
-                    output = output or "kv_heads" in inner
-                    mlp = mlp or "ffn" in inner
     return Biases(attention, output, mlp, qk_norm)
 
 

@@ -11,6 +11,9 @@ from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import leaves
 from surgeon.ir.program import Op, ParamRef, Ref
 
+_PROJECTIONS = {"aten.linear.default": 0, "aten.addmm.default": 1}
+"""Operations that contract with a weight, and which argument they contract."""
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -50,13 +53,11 @@ def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, objec
     attention = [op for op in ops if op.target in ATTENTION]
     if attention:
         return _attention(axes, selection, attention[0])
-    widths = {
-        axis.name: selection.size(axes.number[axis.name])
-        for axis in axes.of_role("ffn")
-        if {m.param for m in axis.members} & set(branch.params)
-    }
-    sizes = [size for size in widths.values() if isinstance(size, int)]
-    return {"ffn": sizes[0]} if len(sizes) == 1 else {}
+    # The width is read off the last projection, so that it is found where it is 1 and no axis.
+    for op in reversed(ops):
+        if op.target in _PROJECTIONS:
+            return {"ffn": selection.width(axes.dims[_key(op, _PROJECTIONS[op.target])][-1])}
+    return {}
 
 
 def _attention(axes: Axes, selection: Selection, op: Op) -> dict[str, object]:
