@@ -242,6 +242,7 @@ class Pruned:
         import torch
 
         from surgeon.report import verify as v
+        from surgeon.runtime.logits import positions_of
 
         masked_model = self.masked
         if self.origin.source is None:
@@ -255,7 +256,9 @@ class Pruned:
         from surgeon.emit.huggingface import in_memory
 
         wide = in_memory(self.emission, self.selection, self.full, lambda _: torch.float32)
-        inputs = v.probes(_vocabulary(self._source().config), tokenizer)
+        source = self._source()
+        vocab, positions = _vocabulary(source.config), positions_of(source)
+        inputs = v.probes(vocab, tokenizer, positions=positions)
         forward = v.transformers_forward(wide)
         found = v.check(forward, masked_model, inputs, self.axes, self.plan)
         if any(self.origin.dtype(n) != torch.float32 for n in self.emission.names):

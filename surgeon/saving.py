@@ -17,6 +17,7 @@ from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
 from surgeon.errors import Code, SurgeonError
 from surgeon.report import verify as v
+from surgeon.runtime.logits import positions_of
 
 if TYPE_CHECKING:
     from surgeon.pipeline import Pruned, Report
@@ -179,8 +180,9 @@ def verify_folder(pruned: Pruned, folder: Path, tokenizer: Any = None) -> v.Veri
     def forward(*args: torch.Tensor) -> torch.Tensor:
         return masked(*args)
 
-    vocab = int(getattr(pruned.origin.source, "config").vocab_size)  # noqa: B009
-    inputs = v.probes(vocab, tokenizer)
+    source = pruned.origin.source
+    vocab = int(getattr(source, "config").vocab_size)  # noqa: B009
+    inputs = v.probes(vocab, tokenizer, positions=positions_of(source))
     _same_bits(pruned, folder)
     loaded = load_transformers(folder, torch.float32)
     half = [n for n in emission.names if pruned.origin.dtype(n) != torch.float32]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -85,4 +86,4 @@ def proof(graph: nx.Graph, left: Place, right: Place) -> tuple[Step, ...] | None
         path = nx.shortest_path(graph, left, right)
     except (nx.NetworkXNoPath, nx.NodeNotFound):
         return None
-    return tuple(Step(a, b, graph.edges[a, b]["op"]) for a, b in zip(path, path[1:], strict=False))
+    return tuple(Step(a, b, graph.edges[a, b]["op"]) for a, b in pairwise(path))

@@ -78,8 +78,24 @@ class Verification:
         return asdict(self)
 
 
-def probes(vocab: int, tokenizer: Any = None, *, length: int = 24, seed: int = 0) -> list[Probe]:
-    """Returns random and, with a tokenizer, text inputs: whole, left-padded and right-padded."""
+def probes(
+    vocab: int,
+    tokenizer: Any = None,
+    *,
+    length: int = 24,
+    positions: int | None = None,
+    seed: int = 0,
+) -> list[Probe]:
+    """Returns random and, with a tokenizer, text inputs: whole, left-padded and right-padded.
+
+    Args:
+        vocab: rows of the embedding; tokens beyond it, as added ones may be, are left out.
+        tokenizer: makes token ids of the texts.
+        length: tokens of the random inputs.
+        positions: how many the model has; no input is longer.
+        seed: for the random inputs.
+    """
+    length = min(length, positions or length)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (2, length), generator=generator)
     whole = torch.ones_like(ids)
@@ -92,7 +108,8 @@ def probes(vocab: int, tokenizer: Any = None, *, length: int = 24, seed: int = 0
         Probe("random, padded right", ids, right),
     ]
     if tokenizer is not None:
-        rows = [list(tokenizer(text)["input_ids"]) for text in TEXTS]
+        given = [tokenizer(text)["input_ids"] for text in TEXTS]
+        rows = [[i for i in row if i < vocab][:positions] for row in given]
         width = max(map(len, rows))
         for side in ("left", "right"):
             batch, mask = torch.zeros(len(rows), width, dtype=torch.long), []
