@@ -79,7 +79,19 @@ def _pairs(items: list[str], option: str) -> dict[str, str]:
 def _options(items: list[str], option: str) -> dict[str, Any]:
     import yaml
 
-    return {name: yaml.safe_load(value) for name, value in _pairs(items, option).items()}
+    out: dict[str, Any] = {}
+    for name, value in _pairs(items, option).items():
+        try:
+            out[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{value!r} can't be read",
+                at=f"{option} {name}",
+                why=f"it is no YAML: {getattr(error, 'problem', None) or error}",
+                try_="a value as YAML writes it: 2, 0.5, true, mean, [1, 2]",
+            ) from error
+    return out
 
 
 def _print_report(report: Report, out: Path | None) -> None:
@@ -132,8 +144,25 @@ def _print_verification(found: Any) -> None:
         )
 
 
+def _only_replays(context: typer.Context) -> None:
+    """Refuses options that would make another plan than the one that is replayed."""
+    making = ("ratio", "role", "freeze", "only", "score", "select", "score_option")
+    for name in (*making, "select_option", "seed"):
+        source = context.get_parameter_source(name)
+        if source is not None and not source.name.startswith("DEFAULT"):
+            option = "--" + name.replace("_", "-")
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "--plan replays a plan as it is",
+                at=f"--plan with {option}",
+                why=f"{option} would make another one",
+                try_=f"leave {option} out",
+            )
+
+
 @app.command()
 def prune(
+    context: typer.Context,
     model: ModelArg,
     out: Annotated[
         Path | None, typer.Option("-o", "--output", help="folder to write (new or empty)")
@@ -182,14 +211,8 @@ def prune(
             why="the smaller model has to go somewhere",
             try_="-o FOLDER, or --dry-run to see the plan",
         )
-    if plan is not None and (ratio is not None or role):
-        raise SurgeonError(
-            Code.BAD_OPTION,
-            "--plan replays a plan as it is",
-            at="--plan",
-            why="--ratio and --role would make another one",
-            try_="leave --ratio and --role out",
-        )
+    if plan is not None:
+        _only_replays(context)
     replayed, rewrites = None, None
     if plan is not None:
         from surgeon.saving import read_plan
@@ -213,6 +236,7 @@ def prune(
         plan=replayed,
         rewrites=rewrites,
         seed=seed,
+        verify=False,  # saving compares what was written
         trust_remote_code=trust_remote_code,
     )
     if dry_run or out is None:
@@ -353,6 +377,7 @@ def generate(
     from surgeon.runtime.generate import generate as write
 
     runnable, tokens = exporting.load(model, tokenizer, trust_remote_code=trust_remote_code)
+    tokens = exporting.need_tokenizer(tokens, model)
     sampling = Sampling(temperature, top_k, top_p, seed)
     found = write(runnable, tokens, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
     typer.echo(prompt + found.text)

@@ -31,7 +31,7 @@ def load(
 
         return OrtSession(model), chosen or _beside(Path(model))
     opened = open_model(model, trust_remote_code=trust_remote_code)
-    loaded = prune(opened, plan=Plan()).model.float()
+    loaded = prune(opened, plan=Plan(), verify=False).model.float()
     return loaded, chosen or (opened.source.load_tokenizer() if opened.source else None)
 
 
@@ -86,4 +86,8 @@ def export(
 
     check_output_file(path, overwrite=overwrite)
     opened = open_model(model, trust_remote_code=trust_remote_code)
-    return target.write(opened.program, opened.read, path, overwrite=overwrite)
+    found = target.write(opened.program, opened.read, path, overwrite=overwrite)
+    size = sum(file.stat().st_size for file in found.files)
+    names = ", ".join(file.name for file in found.files)
+    checked = f", within {found.largest:.1e} of the program's values" if found.largest is not None else ""
+    return f"wrote {names}: {found.nodes:,} nodes, {size / 1e6:,.1f} MB{checked}"

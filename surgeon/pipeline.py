@@ -57,14 +57,16 @@ class Model:
         found = self.fixed.get(name)
         if found is None:
             if self.tensors is None:
-                raise _no_weights(self.id)
+                raise no_weights(self.id)
             found = self.tensors[name]
         return found.float() if found.is_floating_point() else found
 
     def dtype(self, name: str) -> torch.dtype:
         """Returns the element type in which a parameter is stored."""
-        if name in self.fixed or self.tensors is None:
+        if name in self.fixed:
             return self.fixed[name].dtype
+        if self.tensors is None:
+            raise no_weights(self.id)
         get = getattr(self.tensors, "dtype", None)
         return get(name) if get else self.tensors[name].dtype
 
@@ -73,13 +75,14 @@ class Model:
         return self.source.hash() if self.source else ""
 
 
-def _no_weights(where: str) -> SurgeonError:
+def no_weights(where: str) -> SurgeonError:
+    """Returns the refusal of anything that needs values where there is only a configuration."""
     return SurgeonError(
         Code.MISSING_FILE,
         "there are no weights to read",
         at=where,
         why="only a configuration was given, which is enough to inspect and to plan sizes",
-        try_="give a checkpoint folder, a GGUF file or a hub id; or add --dry-run",
+        try_="a checkpoint, a GGUF file or a hub id; to plan sizes, --score random --dry-run",
     )
 
 
@@ -112,9 +115,7 @@ def open_model(
     captured = capture_model(found.meta_model())
     axes = analyse(captured.program)
     weights = found.weights
-    fixed = dict(captured.constants)
-    if weights is not None:
-        fixed |= found.computed()
+    fixed = {**captured.constants, **found.computed()}
     return Model(found, captured.program, axes, weights, fixed, time.perf_counter() - start)
 
 
@@ -246,13 +247,7 @@ class Pruned:
 
         masked_model = self.masked
         if self.origin.source is None:
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                "a plain module is verified by its own inputs",
-                at=self.origin.id,
-                why="only language models have known inputs",
-                try_="compare `.model` with `.masked` on inputs of your own",
-            )
+            return v.check_program(self.program, self.model, masked_model, self.axes, self.plan)
         from surgeon.emit.huggingface import in_memory
 
         wide = in_memory(self.emission, self.selection, self.full, lambda _: torch.float32)
@@ -262,10 +257,10 @@ class Pruned:
         forward = v.transformers_forward(wide)
         found = v.check(forward, masked_model, inputs, self.axes, self.plan)
         if any(self.origin.dtype(n) != torch.float32 for n in self.emission.names):
-            rounded = v.transformers_forward(self.model.float())
+            stored = in_memory(self.emission, self.selection, self.full, self.origin.dtype)
+            rounded = v.transformers_forward(stored.float())
             cast = max(d.largest for d in v.differences(rounded, forward, inputs))
             found = replace(found, cast=cast)
-            self.__dict__.pop("model", None)  # it was widened in place
         return found
 
     def save(self, path: str | Path, *, overwrite: bool = False, verify: bool = True) -> Report:
@@ -308,7 +303,7 @@ def prune(
     plan: Plan | None = None,
     rewrites: Mapping[str, Any] | None = None,
     seed: int = 0,
-    verify: bool = False,
+    verify: bool = True,
     example_inputs: Sequence[Any] | None = None,
     dynamic_shapes: Any = None,
     trust_remote_code: bool = False,
@@ -329,7 +324,8 @@ def prune(
         plan: replay this plan instead of making one.
         rewrites: full-size tensors that belong to a replayed plan.
         seed: for passes that draw at random.
-        verify: compare with the masked reference now (`save` does it in any case).
+        verify: compare with the masked reference now, where there are weights; `save` compares
+            what it wrote in any case.
         example_inputs: for a module that is not of Transformers.
         dynamic_shapes: the same.
         trust_remote_code: run modelling code that comes with a checkpoint.
@@ -371,13 +367,14 @@ def prune(
     else:
         recipe.append({"pass": "replay", "options": {"source": dict(plan.source)}})
     check(origin.axes, plan)
+    _same_source(origin, plan)
     if origin.tensors is not None:
         plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = _report(origin, plan, recipe, notes, ratio, seconds)
     result = Pruned(origin, plan, report, dict(rewrites or {}))
     verify_program(result.program)
-    if verify:
+    if verify and origin.tensors is not None and not plan.empty:
         found = result.verify()
         result = replace(result, report=replace(report, verification=found.to_json()))
     return result
@@ -473,6 +470,21 @@ def _report(
     )
 
 
+def _same_source(origin: Model, plan: Plan) -> None:
+    """Refuses a plan whose scores come from other weights, although its sizes may fit."""
+    made_for = dict(plan.source).get("fingerprint")
+    if made_for and origin.fingerprint() != made_for:
+        raise SurgeonError(
+            Code.PLAN_MISMATCH,
+            "this is not the model that the plan was made for",
+            at=origin.id,
+            why="the tensors have another fingerprint than the plan records for "
+            + dict(plan.source).get("id", "its model"),
+            try_="name the right model; or empty the plan's `source` to cut another one the same",
+            data={"expected": made_for, "found": origin.fingerprint()},
+        )
+
+
 def capture(source: Any, **options: Any) -> Program:
     """Returns the program of a source; `options` are those of `open_model`."""
     return open_model(source, **options).program
@@ -499,16 +511,6 @@ def verify(
         dict(plan.source).get("id", "") if source is None else source,
         trust_remote_code=trust_remote_code,
     )
-    made_for = dict(plan.source).get("fingerprint")
-    if made_for and origin.fingerprint() != made_for:
-        raise SurgeonError(
-            Code.PLAN_MISMATCH,
-            "this is not the model that the plan was made for",
-            at=origin.id,
-            why="the tensors have another fingerprint than the plan records",
-            try_="give the right one with --source",
-            data={"expected": made_for, "found": origin.fingerprint()},
-        )
-    again = prune(origin, plan=plan, rewrites=rewrites)
+    again = prune(origin, plan=plan, rewrites=rewrites, verify=False)
     tokenizer = origin.source.load_tokenizer() if origin.source else None
     return verify_folder(again, folder, tokenizer)

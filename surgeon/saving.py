@@ -33,8 +33,12 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
     Raises:
         SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`.
     """
+    from surgeon.pipeline import no_weights
+
     if pruned.origin.source is None:
         return _save_program(pruned, path, overwrite)
+    if pruned.origin.tensors is None:
+        raise no_weights(pruned.origin.id)
     emission, source = pruned.emission, pruned.origin.source
     dtype = _dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)

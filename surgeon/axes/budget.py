@@ -54,14 +54,29 @@ def _matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
     )
 
 
-def axis_names(axis: Axis) -> tuple[str, ...]:
-    """Returns what a glob may match of an axis: its name, scope, role and its parameters."""
-    return (axis.name, axis.scope, axis.role, *(m.param for m in axis.members))
+@dataclass(frozen=True)
+class _Names:
+    """What a glob may match of an axis or a branch: its own names, and its parameters."""
 
+    own: tuple[str, ...]
+    params: tuple[str, ...]
 
-def branch_names(branch: Branch) -> tuple[str, ...]:
-    """Returns what a glob may match of a branch: its name, its layer and its parameters."""
-    return (branch.name, branch.layer, "layers", *branch.params)
+    @classmethod
+    def of(cls, found: Axis | Branch) -> _Names:
+        if isinstance(found, Axis):
+            params = dict.fromkeys(m.param for m in found.members)
+            return cls((found.name, found.scope, found.role), tuple(params))
+        return cls((found.name, found.layer, "layers"), found.params)
+
+    def touched(self, patterns: Iterable[str]) -> bool:
+        """Whether pruning it would change anything that a pattern names."""
+        return _matches(patterns, (*self.own, *self.params))
+
+    def within(self, patterns: Iterable[str]) -> bool:
+        """Whether pruning it changes nothing but what the patterns name."""
+        return _matches(patterns, self.own) or (
+            bool(self.params) and all(_matches(patterns, (name,)) for name in self.params)
+        )
 
 
 def allowed(
@@ -72,15 +87,16 @@ def allowed(
     Args:
         axes: the axes of the program.
         freeze: globs over axis names, roles, module paths and parameters that must stay whole.
-        only: globs of the same kind; if given, nothing else is pruned.
+        only: globs of the same kind; if given, nothing else is pruned: an axis that also runs
+            through parameters outside, such as the residual width, is not.
 
     Raises:
         SurgeonError: `no-such-axis` where a glob matches nothing.
     """
     freeze, only = tuple(freeze), tuple(only)
-    every = [axis_names(a) for a in axes.axes] + [branch_names(b) for b in axes.branches]
+    every = [_Names.of(found) for found in (*axes.axes, *axes.branches)]
     for pattern in (*freeze, *only):
-        if not any(_matches((pattern,), names) for names in every):
+        if not any(names.touched((pattern,)) for names in every):
             raise SurgeonError(
                 Code.NO_SUCH_AXIS,
                 f"{pattern!r} matches no axis",
@@ -89,12 +105,13 @@ def allowed(
                 try_=near(pattern, axes.by_name),
             )
 
-    def may(names: tuple[str, ...]) -> bool:
-        return (not only or _matches(only, names)) and not _matches(freeze, names)
+    def may(found: Axis | Branch) -> bool:
+        names = _Names.of(found)
+        return (not only or names.within(only)) and not names.touched(freeze)
 
     return (
-        frozenset(a.name for a in axes.axes if a.prunable and a.size > 1 and may(axis_names(a))),
-        frozenset(b.name for b in axes.branches if may(branch_names(b))),
+        frozenset(a.name for a in axes.axes if a.prunable and a.size > 1 and may(a)),
+        frozenset(b.name for b in axes.branches if may(b)),
     )
 
 

@@ -17,7 +17,7 @@ MIXING = ("contract", "normalise", "index", "scan")
 """Uses that bring together what belongs to different indices of an axis."""
 TOGETHER = ("aten.mean.dim", "aten.sum.dim_IntList")
 """Operations that mix several dimensions as if they were one."""
-ROLE_ORDER = ("positions", "vocab", "hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn")
+ROLE_ORDER = ("positions", "hidden", "vocab", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn")
 
 
 def analyse(program: Program, table: dict[str, OpRule] | None = None) -> Axes:
@@ -235,7 +235,9 @@ class _Settler:
             value = self.program.ops[branch.add].outputs[0]
             for atom in leaves(self.dims["%" + value][-1]):
                 found.setdefault(atom, set()).add("hidden")
-        for name in self.program.outputs:
+        # Logits are over the vocabulary where tokens come in through an embedding.
+        logits = self.program.outputs if any("vocab" in roles for roles in found.values()) else ()
+        for name in logits:
             for atom in leaves(self.dims["%" + name][-1] if self.dims.get("%" + name) else ()):
                 found.setdefault(atom, set()).add("vocab")
         hidden = {a for a, roles in found.items() if "hidden" in roles}

@@ -327,12 +327,16 @@ def _packaged(
     earlier = config if config.model_type == PACKAGED else None
     if earlier is not None:
         rotary_dim = int(earlier.rotary_dim)
+        biases = Biases(
+            earlier.attention_bias, earlier.attention_output_bias, earlier.mlp_bias, earlier.qk_norm
+        )
     else:
         rotary_dim = selection.full_width(_dims(axes, attention[0].arg(0))[-1]) if attention else 0
+        biases = _biases(axes, names)
     data = per_layer(
         config,
         shape,
-        _biases(axes, names),
+        biases,
         rotary_dim=rotary_dim,
         rotary_pairs=_composed(earlier.rotary_pairs if earlier else None, pairs),
         norm_mean_scale=max(norms["hidden"], default=1.0)
@@ -384,7 +388,9 @@ def _biases(axes: Axes, names: Collection[str]) -> Biases:
                 output = True
             else:
                 attention = True
-        elif any(_roles(axes, ParamRef(name)) & {"rotary", "qk"} for name in own):
+        elif any(
+            len(axes.param_dims(n)) == 1 and "hidden" not in _roles(axes, ParamRef(n)) for n in own
+        ):
             qk_norm = True
     return Biases(attention, output, mlp, qk_norm)
 

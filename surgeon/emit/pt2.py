@@ -354,7 +354,7 @@ def compare(
     for sample, result in zip(given, found, strict=True):
         with torch.no_grad():
             wanted = reference(*sample.inputs)
-        apart = difference(_several(result), _several(wanted), sample.valid)
+        apart = difference(several(result), several(wanted), sample.valid)
         largest = max(largest, apart)
         if apart > tolerance:
             raise SurgeonError(
@@ -368,7 +368,8 @@ def compare(
     return largest
 
 
-def _several(result: Any) -> Tensors:
+def several(result: Any) -> Tensors:
+    """Returns what a module returned as a tuple."""
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 

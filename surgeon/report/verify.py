@@ -12,7 +12,9 @@ from torch import nn
 from surgeon.axes.axes import Axes
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.surgery import without_branches
+from surgeon.emit.pt2 import difference, samples, several
 from surgeon.errors import Code, SurgeonError
+from surgeon.ir.program import Program
 from surgeon.runtime.apply import Get, kept_only, masked
 from surgeon.runtime.lower import lower
 
@@ -185,8 +187,37 @@ def check(
         SurgeonError: `verify-failed` where they differ by more than `tolerance`.
     """
     found = differences(forward, masked_model, inputs)
+    return _judged(found, axes, plan, tolerance)
+
+
+@torch.no_grad()
+def check_program(
+    program: Program, model: nn.Module, masked_model: nn.Module, axes: Axes, plan: Plan
+) -> Verification:
+    """Returns how a smaller module of any kind compares with the masked one.
+
+    Args:
+        program: the program after the plan, which says what the inputs are.
+        model: the smaller module.
+        masked_model: the masked one.
+        axes: the axes of the original.
+        plan: what is removed.
+
+    Raises:
+        SurgeonError: `verify-failed` where they differ by more than the tolerance.
+    """
+    found: list[Difference] = []
+    for sample in samples(program):
+        got, want = (several(m(*sample.inputs)) for m in (model, masked_model))
+        found.append(Difference(sample.name, difference(got, want, sample.valid)))
+    return _judged(tuple(found), axes, plan, TOLERANCE)
+
+
+def _judged(
+    found: tuple[Difference, ...], axes: Axes, plan: Plan, tolerance: float
+) -> Verification:
     worst = max(found, key=lambda d: d.largest)
-    if worst.largest > tolerance:
+    if not worst.largest <= tolerance:
         raise _failed(
             f"the pruned model differs from the masked one by {worst.largest:.2e} of the largest "
             f"logit, {tolerance:.0e} is allowed",
