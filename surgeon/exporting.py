@@ -89,5 +89,7 @@ def export(
     found = target.write(opened.program, opened.read, path, overwrite=overwrite)
     size = sum(file.stat().st_size for file in found.files)
     names = ", ".join(file.name for file in found.files)
-    checked = f", within {found.largest:.1e} of the program's values" if found.largest is not None else ""
+    checked = (
+        f", within {found.largest:.1e} of the program's values" if found.largest is not None else ""
+    )
     return f"wrote {names}: {found.nodes:,} nodes, {size / 1e6:,.1f} MB{checked}"

@@ -9,6 +9,8 @@ one of three groups in every layer doubles perplexity).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +28,9 @@ from surgeon.plugin import (
     counts,
     cut,
 )
+
+Tried = tuple[dict[str, int], int]
+"""Kept counts by axis, and the parameters that go with the rest."""
 
 ORDER = ("ffn", "kv_heads", "q_per_kv", "hidden", "width")
 
@@ -81,7 +86,7 @@ class Uniform(SelectPass):
 
     def _rounded(self, role: str, axis: Axis, share: float) -> int:
         gone = round(share * axis.size)
-        if role in ("ffn", "hidden") and self.multiple_of > 1:
+        if gone and role in ("ffn", "hidden") and self.multiple_of > 1:
             kept = max(1, round((axis.size - gone) / self.multiple_of)) * self.multiple_of
             gone = axis.size - min(kept, axis.size)
         return gone
@@ -135,76 +140,98 @@ class Uniform(SelectPass):
         keep = dict(fixed)
         floor = self._removed(context, budget, keep, branches)
         if not roles:
-            best = floor
-            if abs(best - goal) > 0.005 * goal:
-                raise self._unreachable(context, budget, best, "no role is left to fill it with")
+            if abs(floor - goal) > 0.005 * goal:
+                raise self._unreachable(context, budget, floor, "no role is left to fill it with")
             return keep
-        first = roles[0]
-        cap = self._cap(first)
+        first, before = roles[0], None
         for role in [None, *roles[1:]]:
             steps = self._steps(context, budget, role) if role else [{}]
             for step in steps:
                 trial = {**keep, **step}
-                most = self._with(context, budget, trial, first, cap)
-                if self._removed(context, budget, most, branches) >= goal:
-                    return self._closest(context, budget, trial, first, cap, goal, branches)
+                at = self._tried(context, budget, trial, first, branches)
+                if at(self._last(context, budget, first))[1] >= goal:
+                    return self._closest(context, budget, first, at, before, goal)
+                before = at(self._last(context, budget, first))
             if role:
                 keep = {**keep, **steps[-1]}
-        most = self._with(context, budget, keep, first, cap)
-        best = self._removed(context, budget, most, branches)
-        raise self._unreachable(context, budget, best, "every role is at its limit")
+        assert before is not None
+        raise self._unreachable(context, budget, before[1], "every role is at its limit")
 
-    def _cap(self, role: str) -> float:
-        return self.ffn_limit if role == "ffn" else 0.5
+    def _last(self, context: Context, budget: Budget, role: str) -> int:
+        """The most indices that the overall ratio takes from the largest axis of a role."""
+        largest = max(a.size for a in self._axes(context, role, budget))
+        return max(1, int((self.ffn_limit if role == "ffn" else 0.5) * largest))
 
     def _steps(self, context: Context, budget: Budget, role: str) -> list[dict[str, int]]:
         """Ever stronger uniform cuts of a role, one index of its largest axis at a time."""
         axes = self._axes(context, role, budget)
         largest = max(a.size for a in axes)
-        last = max(1, int(self._cap(role) * largest))
         return [
-            {a.name: a.size - min(round(gone / largest * a.size), a.size - 1) for a in axes}
-            for gone in range(1, last + 1)
+            {a.name: a.size - self._gone(role, a, gone / largest) for a in axes}
+            for gone in range(1, self._last(context, budget, role) + 1)
         ]
 
-    def _with(
-        self, context: Context, budget: Budget, keep: dict[str, int], role: str, share: float
-    ) -> dict[str, int]:
-        out = dict(keep)
-        for axis in self._axes(context, role, budget):
-            gone = min(self._rounded(role, axis, share), axis.size - 1)
-            out[axis.name] = axis.size - gone
-        return out
+    def _gone(self, role: str, axis: Axis, share: float) -> int:
+        return min(self._rounded(role, axis, share), axis.size - 1)
 
-    def _closest(
+    def _tried(
         self,
         context: Context,
         budget: Budget,
         keep: dict[str, int],
         role: str,
-        cap: float,
-        goal: float,
         branches: tuple[str, ...],
-    ) -> dict[str, int]:
-        """Searches the uniform cut of `role` whose count is nearest to the goal."""
-        largest = max(a.size for a in self._axes(context, role, budget))
+    ) -> Callable[[int], Tried]:
+        """Returns what so many indices of the largest axis of `role` come to, beside `keep`."""
+        axes = self._axes(context, role, budget)
+        largest = max(a.size for a in axes)
 
-        def at(gone: int) -> tuple[dict[str, int], int]:
-            trial = self._with(context, budget, keep, role, gone / largest)
+        def at(gone: int) -> Tried:
+            own = {a.name: a.size - self._gone(role, a, gone / largest) for a in axes}
+            trial = {**keep, **own}
             return trial, self._removed(context, budget, trial, branches)
 
-        low, high = 0, round(cap * largest)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if at(middle)[1] < goal else (low, middle)
-        below, above = at(low), at(high)
+        return at
+
+    def _closest(
+        self,
+        context: Context,
+        budget: Budget,
+        role: str,
+        at: Callable[[int], Tried],
+        before: Tried | None,
+        goal: float,
+    ) -> dict[str, int]:
+        """Searches the uniform cut of `role` whose count is nearest to the goal.
+
+        Args:
+            context: what the driver gave.
+            budget: what must be met.
+            role: the role that is searched.
+            at: what a number of indices comes to.
+            before: the most that weaker cuts of the other roles come to, if there are any.
+            goal: parameters to remove.
+        """
+        low, high = 0, self._last(context, budget, role)
+        what = f"one index of every {role} axis"
+        if before is not None and at(0)[1] >= goal:
+            below, above = before, at(0)
+            what = "one index of another role"
+        else:
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if at(middle)[1] < goal else (low, middle)
+            below, above = at(low), at(high)
         step = above[1] - below[1]
         total = count(context.program, budget.counted)
+        best = min(below, above, key=lambda found: abs(found[1] - goal))
+        if best[1] - goal > step / 2:
+            raise self._unreachable(context, budget, best[1], "the roles asked for go beyond it")
         context.notes.append(
-            f"one selection step (one index of every {role} axis) is {step:,} parameters, "
+            f"one selection step ({what}) is {step:,} parameters, "
             f"{step / total:.4%} of those counted"
         )
-        return min(below, above, key=lambda found: abs(found[1] - goal))[0]
+        return best[0]
 
     def _removed(
         self, context: Context, budget: Budget, keep: dict[str, int], branches: tuple[str, ...]
@@ -226,13 +253,19 @@ class Uniform(SelectPass):
         return cut(axis, order, outer)
 
     def _unreachable(self, context: Context, budget: Budget, best: int, why: str) -> SurgeonError:
+        assert budget.ratio is not None
         total = count(context.program, budget.counted)
+        if best < budget.ratio * total:
+            most = math.floor(best / total * 1000) / 1000
+            try_ = f"a ratio up to {most:.3f}, other roles (--role layers=…), or less frozen"
+        else:
+            try_ = f"a ratio from {math.ceil(best / total * 1000) / 1000:.3f}, or smaller shares"
         return SurgeonError(
             Code.BAD_RATIO,
             f"a ratio of {budget.ratio:g} can't be met",
             at="--ratio",
             why=f"{why}: {best / total:.4f} of the {total:,} counted parameters would go",
-            try_=f"a ratio up to {best / total:.3f}, other roles (--role layers=…), or less frozen",
+            try_=try_,
             data={"reachable": best / total, "parameters": total},
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from surgeon.ir.program import ParamRef, Program, Ref, op_refs
 
 ATTENTION = ("surgeon.attention", "aten.scaled_dot_product_attention.default")
+SPELLED = (*ATTENTION, "aten.softmax.int", "aten._softmax.default")
 ADD = "aten.add.Tensor"
 
 
@@ -155,7 +156,7 @@ def find_branches(program: Program) -> tuple[Branch, ...]:
             )
             if not any(len(program.param[name].type.shape) > 1 for name in own):
                 continue
-            kind = "attention" if any(program.ops[i].target in ATTENTION for i in ops) else "mlp"
+            kind = "attention" if any(program.ops[i].target in SPELLED for i in ops) else "mlp"
             layer = program.ops[add].module
             base = f"{layer}/{kind}" if layer else kind
             names[base] = names.get(base, 0) + 1

@@ -95,20 +95,22 @@ def to_onnx(program: Program, weights: Weights, *, opset: int = OPSET) -> Any:
         SurgeonError: `target-refused` where torch's exporters refuse, with the operation.
     """
     exported = export(program, weights)
-    model = None
+    model, first = None, None
     if not _writes_in_place(exported):
         whole = copy.copy(exported)
         whole.__class__ = _Undecomposed
         try:
             model = _convert(whole, opset)
-        except torch.onnx.OnnxExporterError:
+        except torch.onnx.OnnxExporterError as error:
             # Some operation has to be taken apart first. The exporter changed the graph.
+            first = error
             exported = export(program, weights)
     if model is None:
         try:
             model = _convert(exported, opset)
         except Exception as error:
-            where = _operation(program, error)
+            # After taking apart, messages name operations that the program hasn't.
+            where = _operation(program, first or error)
             raise refused(program, "torch.onnx.export", _root(error), where) from error
     return _tidy(model, program)
 

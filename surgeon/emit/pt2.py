@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import linecache
+import json
 import math
 import re
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,14 +221,13 @@ def export(program: Program, weights: Weights) -> ExportedProgram:
 
 
 def _operation(program: Program, error: Exception) -> str:
-    """Returns the place of the operation in whose line of generated code an error arose."""
+    """Returns the place of the operation that torch says it was executing."""
     made = {op.outputs[0]: op for op in program.ops}
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        line = frame.line or linecache.getline(frame.filename, frame.lineno or 0)
-        match = re.match(r"\s*(\w+) = ", line) if "eval_with_key" in frame.filename else None
-        if match and match[1] in made:
-            op = made[match[1]]
-            return f"{op.target} in {op.where}"
+    # torch interprets the graph, whose nodes are named after the program's values.
+    named = re.search(r"While executing %(\w+)", str(error))
+    if named and named[1] in made:
+        op = made[named[1]]
+        return f"{op.target} in {op.where}"
     return "the whole program"
 
 
@@ -271,8 +269,6 @@ def write_pt2(
     Raises:
         SurgeonError: `target-refused`, `verify-failed`, or the file can't be written.
     """
-    import json
-
     get = tensors(program, weights)
     exported = export(program, get)
     size = sum(t.numel() * t.element_size() for t in exported.state_dict.values())

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from surgeon.ir.program import Arg, ParamRef, Ref
+from surgeon.ir.program import Arg, Op, ParamRef, Ref
 from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule, vanishing, wherever
 
+SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
+PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
+MAPS = tuple(
+    f"aten.{name}"
+    for name in (
+        *("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar", "add.Tensor", "tanh.default"),
+        *("to.dtype", "dropout.default", "masked_fill.Scalar", "expand.default", "view.default"),
+    )
+)
+"""What may stand between the products of spelled-out attention and its softmax."""
 BOTH_LIVE = "it is summed over in a product of two activations that don't vanish when masked"
 
 
@@ -110,3 +120,37 @@ def matmul(c: Context) -> None:
         c.use(b[-1], "produce", Gauge.ANY)
     for dim in out:
         c.use(dim, "batch", Gauge.ANY)
+    scores = spelled_attention(c)
+    if scores is not None:
+        q, k = c.dims(scores.arg(0)), c.dims(scores.arg(1))
+        c.tag(q[-1], "qk")
+        c.tag(b[-1], "v")
+        for dim in q[1:-2]:
+            c.tag(dim, "q_heads")
+        for dim in k[1:-2]:
+            c.tag(dim, "kv_heads")
+
+
+def spelled_attention(c: Context) -> Op | None:
+    """Returns the product of queries and keys, if this one weighs values by its softmax.
+
+    Attention that is spelled out is a product, maps on it (scale, cap, mask), a softmax over its
+    last dimension, and another product.
+    """
+    softmax = _upstream(c, c.op.arg(0), SOFTMAX)
+    scores = _upstream(c, softmax.arg(0), PRODUCTS) if softmax else None
+    if scores is None or not all(isinstance(a, Ref) for a in scores.args[:2]):
+        return None
+    return scores if len(c.dims(scores.arg(0))) == len(c.out()) > 2 else None
+
+
+def _upstream(c: Context, arg: Arg, wanted: tuple[str, ...]) -> Op | None:
+    """Follows a value up through maps, along first operands, to one of the wanted operations."""
+    while isinstance(arg, Ref) and arg.name in c.program.producer:
+        op = c.program.ops[c.program.producer[arg.name]]
+        if op.target in wanted:
+            return op
+        if op.target not in MAPS:
+            return None
+        arg = op.arg(0)
+    return None
