@@ -424,9 +424,10 @@ def main() -> None:
     except SurgeonError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing half-written is left\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of an interruption
+            sys.stderr.write("interrupted; nothing half-written is left\n")
+        raise
 
 
 if __name__ == "__main__":

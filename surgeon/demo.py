@@ -23,7 +23,9 @@ def run(out: Path, ratio: float, windows: int) -> None:
     from rich.console import Console
 
     from surgeon import exporting
+    from surgeon.axes.budget import check_ratio
     from surgeon.axes.plan import Plan
+    from surgeon.emit.files import check_output
     from surgeon.pipeline import open_model, prune
     from surgeon.report.evaluate import perplexity
     from surgeon.report.tables import Row, Unit, before_after, markdown
@@ -32,6 +34,8 @@ def run(out: Path, ratio: float, windows: int) -> None:
     from surgeon.runtime.session import OrtSession
     from surgeon.saving import load_transformers
 
+    check_ratio(ratio, "--ratio")
+    check_output(out / "model", overwrite=True)
     console = Console()
 
     def say(text: str) -> None:
