@@ -24,7 +24,7 @@ class Magnitude(ScorePass):
     """Which norm: 1 for the sum of absolute values, 2 for the root of the sum of squares."""
 
     normalise: Literal["none", "mean", "max", "size"] = "none"
-    """Divide an axis's scores by their mean, their largest, or the number of a channel's weights."""
+    """Divide an axis's scores by their mean, their largest, or how many weights a channel has."""
 
     def score(self, context: Context) -> dict[str, Any]:
         """Returns the norms, float64, one parameter read at a time."""

@@ -105,7 +105,7 @@ def _offset(program: Program, op: Op) -> tuple[ParamRef, float] | None:
         x, y = y, x
     while isinstance(x, Ref) and x.name in program.producer:
         inner = program.ops[program.producer[x.name]]
-        if inner.target != "aten.to.dtype":
+        if inner.target != "aten.to.dtype" or len(program.consumers[x.name]) != 1:
             return None
         x = inner.arg(0)
     if not isinstance(x, ParamRef) or not isinstance(y, int | float) or isinstance(y, bool):
