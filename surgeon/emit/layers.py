@@ -53,6 +53,8 @@ def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, objec
     attention = [op for op in ops if op.target in ATTENTION]
     if attention:
         return _attention(axes, selection, attention[0])
+    if branch.kind == "attention":
+        return {}  # spelled out: nothing says which of its sizes are heads
     # The width is read off the last projection, so that it is found where it is 1 and no axis.
     for op in reversed(ops):
         if op.target in _PROJECTIONS:
