@@ -57,6 +57,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def __init__(self, stored: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
         self._names = tuple(stored)
         self._own = {name: name for name in self._names}
+        self._leader = dict(aliases or {})
         self._tied: dict[str, list[str]] = {}
         for alias, name in (aliases or {}).items():
             self._tied.setdefault(name, [name]).append(alias)
@@ -78,9 +79,14 @@ class Weights(Mapping[str, torch.Tensor]):
     def fingerprint(self) -> str:
         """Returns a SHA-256 that tells these weights from others without reading all of them.
 
-        It covers names, element types, shapes and the first bytes of each tensor, and where
-        they come from files, the files' sizes.
+        It covers names, element types, shapes and the first bytes of each tensor. A model and
+        the checkpoint it was loaded from have the same one, however that is split into files.
         """
+
+    def _fingerprint(self, heads: Iterable[tuple[str, object, tuple[int, ...], bytes]]) -> str:
+        """Returns the digest of stored names, element types, shapes and first bytes."""
+        found = {self._leader.get(n, n): (str(t), tuple(s), head) for n, t, s, head in heads}
+        return digest(sorted(found.items()))
 
     def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._read(name)[start:stop]
@@ -251,9 +257,8 @@ class StateDictWeights(Weights):
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 over names, element types, shapes and the first bytes of each."""
-        return digest(
-            (name, str(t.dtype), tuple(t.shape), _first_bytes(t))
-            for name, t in sorted(self._tensors.items())
+        return self._fingerprint(
+            (name, t.dtype, tuple(t.shape), _first_bytes(t)) for name, t in self._tensors.items()
         )
 
 
@@ -320,27 +325,23 @@ class SafetensorsWeights(Weights):
         return str(self.folder)
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 over files' names and sizes, and each tensor's metadata and start."""
-        entries = sorted(self._entries.values(), key=lambda e: (e.file.name, e.start, e.key))
-        return digest([*_file_sizes(entries), *_file_heads(entries)])
+        """Returns a SHA-256 over names, element types, shapes and the first bytes of each."""
+        return self._fingerprint(_file_heads(self._entries))
 
 
-def _file_sizes(entries: Iterable[_Entry]) -> Iterator[object]:
-    for file in dict.fromkeys(e.file for e in entries):
-        yield file.name, file.stat().st_size
-
-
-def _file_heads(entries: Iterable[_Entry]) -> Iterator[object]:
-    """Metadata and first bytes of tensors that come sorted by file."""
+def _file_heads(
+    entries: Mapping[str, _Entry],
+) -> Iterator[tuple[str, object, tuple[int, ...], bytes]]:
+    """Metadata and first bytes of tensors, each file opened once."""
     opened: tuple[Path, Any] | None = None
     try:
-        for e in entries:
+        for name, e in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
             if opened is None or opened[0] != e.file:
                 if opened is not None:
                     opened[1].close()
                 opened = e.file, e.file.open("rb")
             opened[1].seek(e.start)
-            yield e.key, str(e.dtype), e.shape, opened[1].read(min(HEAD, e.stop - e.start))
+            yield name, e.dtype, e.shape, opened[1].read(min(HEAD, e.stop - e.start))
     finally:
         if opened is not None:
             opened[1].close()
