@@ -507,10 +507,28 @@ def verify(
 
     folder = Path(folder)
     plan, rewrites = read_plan(folder)
-    origin = open_model(
-        dict(plan.source).get("id", "") if source is None else source,
-        trust_remote_code=trust_remote_code,
+    origin = (
+        _origin_of(plan, trust_remote_code)
+        if source is None
+        else open_model(source, trust_remote_code=trust_remote_code)
     )
     again = prune(origin, plan=plan, rewrites=rewrites, verify=False)
     tokenizer = origin.source.load_tokenizer() if origin.source else None
-    return verify_folder(again, folder, tokenizer)
+    return verify_folder(again, folder, tokenizer, trust_remote_code=trust_remote_code)
+
+
+def _origin_of(plan: Plan, trust_remote_code: bool) -> Model:
+    """Returns the model that a plan names, which may have been written from another folder."""
+    name = dict(plan.source).get("id", "")
+    try:
+        return open_model(name, trust_remote_code=trust_remote_code)
+    except SurgeonError as error:
+        if error.code is not Code.NOT_A_MODEL:
+            raise
+        raise SurgeonError(
+            Code.NOT_A_MODEL,
+            f"the model that the plan was made from, {name!r}, can't be read from here",
+            at=name or "the plan's source",
+            why=error.why,
+            try_="name it with --source",
+        ) from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgeon.axes.plan import Plan
+from surgeon.capture.configs import config_and_class, read_config
 from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
@@ -159,17 +160,26 @@ def _verify(pruned: Pruned, folder: Path) -> v.Verification:
     return verify_folder(pruned, folder, source.load_tokenizer())
 
 
-def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """Returns the model of a checkpoint that Surgeon wrote, loaded by Transformers."""
+def load_transformers(
+    folder: Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> Any:
+    """Returns the model of a checkpoint that Surgeon wrote, loaded by Transformers.
+
+    Raises:
+        SurgeonError: `remote-code` where its modelling file is not the one that Surgeon ships.
+    """
     import transformers
 
-    remote = (folder / hf.MODELLING.name).exists()
+    path = folder / "config.json"
+    remote = config_and_class(path, read_config(path), trust_remote_code)[2]
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=remote, dtype=dtype or "auto"
     ).eval()
 
 
-def verify_folder(pruned: Pruned, folder: Path, tokenizer: Any = None) -> v.Verification:
+def verify_folder(
+    pruned: Pruned, folder: Path, tokenizer: Any = None, *, trust_remote_code: bool = False
+) -> v.Verification:
     """Returns how a written checkpoint compares with the masked reference of its plan.
 
     The logits of the plan applied in fp32 are compared; a checkpoint in a smaller element type
@@ -188,7 +198,7 @@ def verify_folder(pruned: Pruned, folder: Path, tokenizer: Any = None) -> v.Veri
     vocab = int(getattr(source, "config").vocab_size)  # noqa: B009
     inputs = v.probes(vocab, tokenizer, positions=positions_of(source))
     _same_bits(pruned, folder)
-    loaded = load_transformers(folder, torch.float32)
+    loaded = load_transformers(folder, torch.float32, trust_remote_code=trust_remote_code)
     half = [n for n in emission.names if pruned.origin.dtype(n) != torch.float32]
     if not half:
         found = v.check(v.transformers_forward(loaded), forward, inputs, pruned.axes, pruned.plan)
@@ -207,7 +217,8 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
     emission = pruned.emission
     for old, new in emission.names.items():
         want = hf.final(emission, pruned.selection, pruned.full, old, pruned.origin.dtype(old))
-        if new not in stored or not torch.equal(stored[new], want):
+        same = new in stored and stored.dtype(new) == want.dtype
+        if not same or not torch.equal(stored[new], want):
             raise SurgeonError(
                 Code.VERIFY_FAILED,
                 f"{new} is not what the plan gives",

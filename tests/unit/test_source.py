@@ -398,7 +398,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(
     for name in unwanted:
         (upstream / name).write_text("x")
     (upstream / "original").mkdir()
-    (upstream / "original" / "model.safetensors").write_text("x")
+    (upstream / "original" / "params.json").write_text("x")
     asked: list[str] = []
 
     def snapshot(repo: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:

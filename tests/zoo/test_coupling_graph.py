@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import networkx as nx
 import pytest
-from tests.models import ARCHITECTURES, tiny
 
 from surgeon.axes import analyse
 from surgeon.axes.graph import Place, proof
 from surgeon.capture.model import capture_model
+from tests.models import ARCHITECTURES, tiny
 
 
 @pytest.mark.zoo
@@ -33,7 +35,7 @@ def test_a_proof_names_the_operations_between_two_weights() -> None:
         "aten.linear.default"
     ]
     assert (steps[0].left, steps[-1].right) == (gate, down)
-    assert all(a.right == b.left for a, b in zip(steps, steps[1:], strict=False))
+    assert all(a.right == b.left for a, b in itertools.pairwise(steps))
 
 
 def test_there_is_no_proof_between_two_mlps() -> None:
