@@ -47,6 +47,13 @@ class Uniform(SelectPass):
     multiple_of: int = 1
     """Kept MLP and residual widths are multiples of this (64 suits tensor cores)."""
 
+    def __post_init__(self) -> None:
+        """Refuses options that mean nothing."""
+        if not 0 < self.ffn_limit < 1:  # false for NaN as well
+            raise ValueError(f"ffn_limit is {self.ffn_limit}, a share lies between 0 and 1")
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of is {self.multiple_of}, it has to be 1 or more")
+
     def select(self, context: Context, scores: Any, budget: Budget) -> Plan:
         """Returns the plan that meets the budget within half of one selection step."""
         fixed = self._fixed(context, budget)
