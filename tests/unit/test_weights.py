@@ -244,6 +244,19 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
         assert len({found[at] for found in [first, *others]}) == 6
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_and_its_checkpoints_have_one_fingerprint(tmp_path: Path, tied: bool) -> None:
+    model = models.tiny("Gemma", tie_word_embeddings=tied)
+    ties = {alias: p.name for p in all_params(model).values() for alias in p.aliases}
+    assert bool(ties) == tied
+    found = [
+        StateDictWeights(model.state_dict(), ties),
+        SafetensorsWeights(checkpoint(tmp_path / "one", model), ties),
+        SafetensorsWeights(checkpoint(tmp_path / "shards", model, "20KB"), ties),
+    ]
+    assert len({weights.fingerprint() for weights in found}) == 1
+
+
 @pytest.mark.parametrize(
     "tensor",
     [
