@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -189,6 +189,7 @@ class _Drawing:
         self.params: list[Shape] = []
         self.steps: list[Step] = []
         self.values: list[Shape] = []
+        self.results: list[int] = []
 
     def pick(self, items: Sequence[Any]) -> Any:
         return self.draw(st.sampled_from(list(items)))
@@ -215,6 +216,7 @@ class _Drawing:
         if any(prod(s) > LARGEST or len(s) > 5 or 0 in s for s in shapes):
             return False
         self.steps.append(step)
+        self.results.append(len(shapes))
         self.values.extend(shapes)
         return True
 
@@ -516,7 +518,37 @@ def graphs(draw: st.DrawFn, steps: int = 12) -> Graph:
     for _ in range(draw(st.integers(1, steps))):
         getattr(drawing, "op_" + drawing.pick(WEIGHTED))()
     heads = tuple(drawing.head() for _ in range(drawing.pick((1, 1, 2))))
-    return Graph(inputs, shape, tuple(drawing.params), tuple(drawing.steps), heads, drawing.flag())
+    return alive(
+        Graph(inputs, shape, tuple(drawing.params), tuple(drawing.steps), heads, drawing.flag()),
+        drawing.results,
+    )
+
+
+def alive(graph: Graph, results: Sequence[int]) -> Graph:
+    """Returns the graph without the steps that no head needs; `results` counts a step's values."""
+    maker = [step for step, n in enumerate(results) for _ in range(n)]
+    used: set[int] = set()
+    wanted = [i for head in graph.heads for i in head.of]
+    while wanted:
+        step = maker[wanted.pop()]
+        if step not in used:
+            used.add(step)
+            wanted += graph.steps[step].of
+    kept = [value for value, step in enumerate(maker) if step in used]
+    number = {value: new for new, value in enumerate(kept)}
+    steps = tuple(step for i, step in enumerate(graph.steps) if i in used)
+    params = sorted({p for step in (*steps, *graph.heads) for p in step.params})
+
+    def moved(step: Step) -> Step:
+        of = tuple(number[i] for i in step.of)
+        return replace(step, of=of, params=tuple(params.index(p) for p in step.params))
+
+    return replace(
+        graph,
+        params=tuple(graph.params[p] for p in params),
+        steps=tuple(map(moved, steps)),
+        heads=tuple(map(moved, graph.heads)),
+    )
 
 
 def example(graph: Graph) -> torch.Tensor:
