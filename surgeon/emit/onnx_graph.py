@@ -78,11 +78,6 @@ def _convert(exported: ExportedProgram, opset: int) -> Any:
     return made.model
 
 
-def _writes_in_place(exported: ExportedProgram) -> bool:
-    schemas = (getattr(node.target, "_schema", None) for node in exported.graph.nodes)
-    return any(schema is not None and schema.is_mutable for schema in schemas)
-
-
 def to_onnx(program: Program, weights: Weights, *, opset: int = OPSET) -> Any:
     """Returns the program as an `onnx_ir.Model`, its dynamic sizes named as in the program.
 
@@ -95,22 +90,18 @@ def to_onnx(program: Program, weights: Weights, *, opset: int = OPSET) -> Any:
         SurgeonError: `target-refused` where torch's exporters refuse, with the operation.
     """
     exported = export(program, weights)
-    model, first = None, None
-    if not _writes_in_place(exported):
-        whole = copy.copy(exported)
-        whole.__class__ = _Undecomposed
-        try:
-            model = _convert(whole, opset)
-        except torch.onnx.OnnxExporterError as error:
-            # Some operation has to be taken apart first. The exporter changed the graph.
-            first = error
-            exported = export(program, weights)
-    if model is None:
+    whole = copy.copy(exported)
+    whole.__class__ = _Undecomposed
+    try:
+        model = _convert(whole, opset)
+    except torch.onnx.OnnxExporterError as first:
+        # Some operation has to be taken apart. The graph is made anew: the exporter changed it.
+        exported = export(program, weights)
         try:
             model = _convert(exported, opset)
         except Exception as error:
-            # After taking apart, messages name operations that the program hasn't.
-            where = _operation(program, first or error)
+            # By now messages name operations that the program hasn't; the first one's it has.
+            where = _operation(program, first)
             raise refused(program, "torch.onnx.export", _root(error), where) from error
     return _tidy(model, program)
 
@@ -154,7 +145,7 @@ def _tidy(model: Any, program: Program) -> Any:
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
     onnx_ir.passes.Sequential(
-        # The exporter's notes hold file names of this machine, and are half of the graph's size.
+        # The exporter's notes on every node are most of the graph's size.
         common.ClearMetadataAndDocStringPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.DeduplicateInitializersPass(),
@@ -223,10 +214,12 @@ def write_onnx(
         return check_onnx(file, lower(program, get), given) if check else None
 
     if size <= external_above:
+        replaced = path.is_file() and path.stat().st_size > 0
         with output_file(path, overwrite=overwrite, need_bytes=size) as partial:
             onnx_ir.save(model, partial, format="protobuf")
             largest = checked(partial)
-        beside.unlink(missing_ok=True)  # of the model that was replaced
+        if replaced:
+            beside.unlink(missing_ok=True)
         return Written((path,), len(model.graph), largest)
     with (
         output_file(path, overwrite=overwrite, need_bytes=size) as partial,

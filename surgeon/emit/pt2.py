@@ -204,7 +204,7 @@ def export(program: Program, weights: Weights) -> ExportedProgram:
     """
     module = lower(program, tensors(program, weights))
     try:
-        exported = torch.export.export(
+        return torch.export.export(
             module,
             example_inputs(program),
             dynamic_shapes=dynamic_shapes(program),
@@ -212,12 +212,6 @@ def export(program: Program, weights: Weights) -> ExportedProgram:
         )
     except Exception as error:
         raise refused(program, "torch.export", error, _operation(program, error)) from error
-    for graph in exported.graph_module.modules():
-        for node in getattr(graph, "graph", torch.fx.Graph()).nodes:
-            # They hold where on this machine the code lay.
-            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
-                node.meta.pop(key, None)
-    return exported
 
 
 def _operation(program: Program, error: Exception) -> str:
