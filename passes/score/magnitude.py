@@ -2,6 +2,12 @@
 
 Reference: Li et al., Pruning Filters for Efficient ConvNets, 2017 (the L1 norm of a filter);
 Fang et al., DepGraph, 2023 (the norm over all members of a coupled group).
+
+The default is the largest weight (the L∞ norm). A trained decoder has a few MLP channels with
+outlying weights that make its massive activations (Sun et al., Massive Activations in Large Language
+Models, 2024), and their other weights are small: a sum over all members ranks such channels low,
+and losing one of them ruins the model. On SmolLM2-135M, 27 % of every MLP removed, three windows of
+512 tokens of WikiText-2: L∞ 84, random 480, L1 and L2 above a million (dense 29).
 """
 
 from __future__ import annotations
@@ -16,12 +22,15 @@ from surgeon.plugin import Context, ScorePass, occurrences
 
 @dataclass(frozen=True)
 class Magnitude(ScorePass):
-    """The L1 or L2 norm of all weights that go with a channel."""
+    """The L1, L2 or L∞ norm of all weights that go with a channel."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
 
-    p: Literal[1, 2] = 2
-    """Which norm: 1 for the sum of absolute values, 2 for the root of the sum of squares."""
+    p: Literal[1, 2, "max"] = "max"
+    """Which norm: 1 (sum of absolute values), 2 (root of the sum of squares) or max (largest).
+
+    A branch as a whole is scored by the root of the sum of squares where this is max.
+    """
 
     normalise: Literal["none", "mean", "max", "size"] = "none"
     """Divide an axis's scores by their mean, their largest, or how many weights a channel has."""
@@ -29,6 +38,8 @@ class Magnitude(ScorePass):
     def score(self, context: Context) -> dict[str, Any]:
         """Returns the norms, float64, one parameter read at a time."""
         axes = context.axes
+        largest = self.p == "max"
+        power = 2 if self.p == "max" else self.p
         wanted = [axes.by_name[n] for n in context.targets if n in axes.by_name]
         branches = {b.name: b for b in axes.branches if b.name in context.targets}
         carried: dict[str, list[Any]] = {}
@@ -44,18 +55,22 @@ class Magnitude(ScorePass):
             for param in branch.params:
                 owners.setdefault(param, []).append(branch.name)
         for param in dict.fromkeys([*carried, *owners]):
-            tensor = context.weights(param).detach().double().abs().pow(self.p)
+            values = context.weights(param).detach().double().abs()
             for name in owners.get(param, ()):
-                totals[name] += float(tensor.sum())
+                totals[name] += float(values.pow(power).sum())
+            tensor = values if largest else values.pow(power)
             for axis in carried.get(param, ()):
                 for view in occurrences(axes, axis, param, tensor):
-                    part = np.broadcast_to(view.sum(-1).numpy(), self._shape(context, axis))
-                    sums[axis.name] = sums.get(axis.name, 0.0) + part
+                    reduced = view.amax(-1) if largest else view.sum(-1)
+                    part = np.broadcast_to(reduced.numpy(), self._shape(context, axis))
+                    before = sums.get(axis.name, 0.0)
+                    sums[axis.name] = np.maximum(before, part) if largest else before + part
                     sizes[axis.name] = sizes.get(axis.name, 0) + view.shape[-1]
-        out = {name: np.asarray(total ** (1 / self.p)) for name, total in totals.items()}
+        out = {name: np.asarray(total ** (1 / power)) for name, total in totals.items()}
         for axis in wanted:
             score = np.zeros(self._shape(context, axis)) + sums.get(axis.name, 0.0)
-            out[axis.name] = self._scaled(score ** (1 / self.p), sizes.get(axis.name, 1))
+            score = score if largest else score ** (1 / power)
+            out[axis.name] = self._scaled(score, sizes.get(axis.name, 1))
         return out
 
     def _shape(self, context: Context, axis: Any) -> tuple[int, ...]:
@@ -68,6 +83,6 @@ class Magnitude(ScorePass):
             case "max":
                 return score / (score.max() or 1.0)
             case "size":
-                return score / size ** (1 / self.p)
+                return score if self.p == "max" else score / size ** (1 / self.p)
             case _:
                 return score
