@@ -111,9 +111,10 @@ def probes(
     ]
     if tokenizer is not None:
         given = [tokenizer(text)["input_ids"] for text in TEXTS]
-        rows = [[i for i in row if i < vocab][:positions] for row in given]
-        width = max(map(len, rows))
-        for side in ("left", "right"):
+        kept = [[i for i in row if i < vocab][:positions] for row in given]
+        rows = [row for row in kept if row]
+        width = max(map(len, rows), default=0)
+        for side in ("left", "right") if rows else ():
             batch, mask = torch.zeros(len(rows), width, dtype=torch.long), []
             for i, row in enumerate(rows):
                 place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
