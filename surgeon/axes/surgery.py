@@ -90,10 +90,8 @@ class _Rebuild:
         return self._resize.type(sigil + arg.name, self.program.type_of(arg)).shape
 
     def label(self, name: str) -> int:
-        expr = self._resize.axes.labels.get((self._index, name), ())
-        if not expr and name == "before":
-            return 0
-        return self._resize.selection.width(expr)
+        # An axis of one channel resolves to nothing, the empty product: its width is 1, not 0.
+        return self._resize.selection.width(self._resize.axes.labels[self._index, name])
 
 
 def operate(axes: Axes, plan: Plan) -> Program:

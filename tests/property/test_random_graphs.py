@@ -147,7 +147,7 @@ def run(count: int, steps: int) -> None:
 
 
 def test_what_is_removed_was_masked_in_a_few_modules():
-    run(25, 8)
+    run(20, 8)
 
 
 @pytest.mark.slow

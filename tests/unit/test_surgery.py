@@ -292,6 +292,16 @@ def test_a_slice_that_ends_from_the_back_is_counted_from_the_front(dynamic: bool
     assert sorted(a.size for a in sound(subject)) == [4, 8]
 
 
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_a_slice_starts_where_it_did_even_after_a_single_channel(start: int):
+    subject = made(lambda m, x: (x @ m.w)[:, start : start + 3] @ m.o, w=(3, 6), o=(3, 2))
+    axis = carrier(subject, "o", 0)
+    assert axis in sound(subject)
+    program, _ = subject.small(Plan((cut(axis, [0, 2]),)))
+    (op,) = (op for op in program.ops if op.target == "aten.slice.Tensor")
+    assert op.args[1:4] == (1, start, start + 2)
+
+
 def test_a_view_into_a_dynamic_size_follows_the_axis():
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         flat = (x @ m.w).reshape(x.shape[0] * 12)
