@@ -88,3 +88,14 @@ def near(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return "did you mean " + ", ".join(close) + "?" if close else "one of: " + ", ".join(known)
+
+
+def no_weights(where: str) -> SurgeonError:
+    """Returns the refusal of anything that needs values where there is only a configuration."""
+    return SurgeonError(
+        Code.MISSING_FILE,
+        "there are no weights to read",
+        at=where,
+        why="only a configuration was given, which is enough to inspect and to plan sizes",
+        try_="a checkpoint, a GGUF file or a hub id; to plan sizes, --score random --dry-run",
+    )

@@ -17,7 +17,7 @@ from surgeon.axes.budget import Budget, allowed, check_ratio, count, decoder_par
 from surgeon.axes.plan import Plan, Selection, check
 from surgeon.axes.settle import analyse
 from surgeon.axes.surgery import operate
-from surgeon.errors import Code, SurgeonError
+from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
 from surgeon.plugin import Context
@@ -73,17 +73,6 @@ class Model:
     def fingerprint(self) -> str:
         """Returns a hash of the tensors' names, types, shapes and first bytes."""
         return self.source.hash() if self.source else ""
-
-
-def no_weights(where: str) -> SurgeonError:
-    """Returns the refusal of anything that needs values where there is only a configuration."""
-    return SurgeonError(
-        Code.MISSING_FILE,
-        "there are no weights to read",
-        at=where,
-        why="only a configuration was given, which is enough to inspect and to plan sizes",
-        try_="a checkpoint, a GGUF file or a hub id; to plan sizes, --score random --dry-run",
-    )
 
 
 def open_model(

@@ -16,7 +16,7 @@ from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
-from surgeon.errors import Code, SurgeonError
+from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
 from surgeon.runtime.logits import positions_of
 
@@ -34,8 +34,6 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
     Raises:
         SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`.
     """
-    from surgeon.pipeline import no_weights
-
     if pruned.origin.source is None:
         return _save_program(pruned, path, overwrite)
     if pruned.origin.tensors is None:

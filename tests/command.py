@@ -30,8 +30,12 @@ class Outcome:
 
 def surgeon(*args: object) -> Outcome:
     """Runs the command in this process, through the same function as the installed script."""
+    from transformers.utils import logging
+
     from surgeon.cli import main
 
+    # The command turns bars off by the environment, which was read before it ran here.
+    logging.disable_progress_bar()
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = ["surgeon", *map(str, args)]
     with (

@@ -5,8 +5,8 @@ Fang et al., DepGraph, 2023 (the norm over all members of a coupled group).
 
 The default is the largest weight (the L∞ norm). A trained decoder has a few MLP channels with
 outlying weights that make its massive activations (Sun et al., Massive Activations in Large
-Language Models, 2024), and their other weights are small: a sum over all members ranks such channels low,
-and losing one of them ruins the model. On SmolLM2-135M, 27 % of every MLP removed, three windows of
+Language Models, 2024), and their other weights are small: a sum over all members ranks them low,
+and losing one ruins the model. On SmolLM2-135M, 27 % of every MLP removed, three windows of
 512 tokens of WikiText-2: L∞ 84, random 480, L1 and L2 above a million (dense 29).
 """
 

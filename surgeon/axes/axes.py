@@ -95,7 +95,7 @@ class Axes:
     facts: Facts
 
     @cached_property
-    def graph(self) -> nx.Graph:
+    def graph(self) -> nx.Graph[Any]:
         """The coupling graph: its components are the axes, its shortest paths the proofs."""
         from surgeon.axes.graph import coupling_graph
 

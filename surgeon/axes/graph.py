@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
@@ -47,9 +47,9 @@ class Step:
     op: int
 
 
-def coupling_graph(facts: Facts) -> nx.Graph:
+def coupling_graph(facts: Facts) -> nx.Graph[Any]:
     """Returns the coupling graph; nodes carry `axis`, edges the `op` index that made them."""
-    graph: nx.Graph = nx.Graph()
+    graph: nx.Graph[Any] = nx.Graph()
     owner = {axis: (name, dim) for (name, dim), axis in facts.slots.items()}
     for (op, label), expr in facts.labels.items():
         for axis in expr:
@@ -80,7 +80,7 @@ def coupling_graph(facts: Facts) -> nx.Graph:
     return graph
 
 
-def proof(graph: nx.Graph, left: Place, right: Place) -> tuple[Step, ...] | None:
+def proof(graph: nx.Graph[Any], left: Place, right: Place) -> tuple[Step, ...] | None:
     """Returns the shortest chain of operations that couples two places, or None."""
     try:
         path = nx.shortest_path(graph, left, right)

@@ -43,7 +43,7 @@ from surgeon.capture.weights import (
     computable,
     has_safetensors,
 )
-from surgeon.errors import Code, SurgeonError, near
+from surgeon.errors import Code, SurgeonError, no_weights, near
 
 Kind = Literal["folder", "hub", "config", "gguf", "model", "alias"]
 
@@ -137,13 +137,7 @@ class Source:
             SurgeonError: `missing-file` where there is only a config.
         """
         if self.weights is None:
-            raise SurgeonError(
-                Code.MISSING_FILE,
-                "there are no weights",
-                at=self.id,
-                why="a config is enough to inspect and to plan, not to prune",
-                try_="name a checkpoint folder, a hub id or a GGUF file",
-            )
+            raise no_weights(self.id)
         return OverlayWeights(self.weights, {**self.computed(), **(constants or {})})
 
     def hash(self) -> str:
