@@ -43,7 +43,7 @@ from surgeon.capture.weights import (
     computable,
     has_safetensors,
 )
-from surgeon.errors import Code, SurgeonError, no_weights, near
+from surgeon.errors import Code, SurgeonError, near, no_weights
 
 Kind = Literal["folder", "hub", "config", "gguf", "model", "alias"]
 
