@@ -191,6 +191,9 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(help="replay a plan (plan.json or a pruned folder)")
     ] = None,
+    to: Annotated[
+        str, typer.Option(help="transformers, or pt2 or onnx, which can express any plan")
+    ] = "transformers",
     seed: Annotated[int, typer.Option(help="for passes that draw at random")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only, write nothing")] = False,
     overwrite: OverwriteOption = False,
@@ -238,10 +241,11 @@ def prune(
         seed=seed,
         verify=False,  # saving compares what was written
         trust_remote_code=trust_remote_code,
+        target=to,
     )
     if dry_run or out is None:
         report = result.report
-        if result.origin.source is not None:
+        if not result.is_graph:
             from dataclasses import replace
 
             report = replace(report, notes=(*report.notes, *result.emission.notes))

@@ -155,6 +155,12 @@ class Pruned:
     plan: Plan
     report: Report
     rewrites: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
+    target: str = "transformers"
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the result is a graph rather than a Transformers model."""
+        return self.origin.source is None or self.target != "transformers"
 
     @property
     def axes(self) -> Axes:
@@ -207,8 +213,8 @@ class Pruned:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The smaller model: of Transformers if it came from there, otherwise a `GraphModule`."""
-        if self.origin.source is None:
+        """The smaller model: of Transformers if that is the target, otherwise a `GraphModule`."""
+        if self.is_graph:
             from surgeon.runtime.lower import lower
 
             return lower(self.program, self.tensor)
@@ -235,7 +241,7 @@ class Pruned:
         from surgeon.runtime.logits import positions_of
 
         masked_model = self.masked
-        if self.origin.source is None:
+        if self.is_graph:
             return v.check_program(self.program, self.model, masked_model, self.axes, self.plan)
         from surgeon.emit.huggingface import in_memory
 
@@ -296,6 +302,7 @@ def prune(
     example_inputs: Sequence[Any] | None = None,
     dynamic_shapes: Any = None,
     trust_remote_code: bool = False,
+    target: str = "transformers",
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
@@ -318,6 +325,7 @@ def prune(
         example_inputs: for a module that is not of Transformers.
         dynamic_shapes: the same.
         trust_remote_code: run modelling code that comes with a checkpoint.
+        target: `transformers`, or a graph target (`pt2`, `onnx`), which can express any plan.
 
     Raises:
         SurgeonError: with the reason, before anything is written.
@@ -361,7 +369,11 @@ def prune(
         plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = _report(origin, plan, recipe, notes, ratio, seconds)
-    result = Pruned(origin, plan, report, dict(rewrites or {}))
+    if target != "transformers":
+        from surgeon.emit.target import get_target
+
+        get_target(target)
+    result = Pruned(origin, plan, report, dict(rewrites or {}), target)
     verify_program(result.program)
     if verify and origin.tensors is not None and not plan.empty:
         found = result.verify()
@@ -492,7 +504,7 @@ def verify(
     Raises:
         SurgeonError: `verify-failed`, `plan-mismatch`, or why one of both can't be read.
     """
-    from surgeon.saving import read_plan, verify_folder
+    from surgeon.saving import read_plan, verify_folder, written_graph
 
     folder = Path(folder)
     plan, rewrites = read_plan(folder)
@@ -501,7 +513,11 @@ def verify(
         if source is None
         else open_model(source, trust_remote_code=trust_remote_code)
     )
-    again = prune(origin, plan=plan, rewrites=rewrites, verify=False)
+    graph = written_graph(folder)
+    target = graph.name if graph else "transformers"
+    again = prune(origin, plan=plan, rewrites=rewrites, verify=False, target=target)
+    if graph:
+        return graph.verify(again)
     tokenizer = origin.source.load_tokenizer() if origin.source else None
     return verify_folder(again, folder, tokenizer, trust_remote_code=trust_remote_code)
 

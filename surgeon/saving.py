@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
+from surgeon.emit.target import find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
 from surgeon.runtime.logits import positions_of
@@ -34,10 +34,11 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
     Raises:
         SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`.
     """
-    if pruned.origin.source is None:
-        return _save_program(pruned, path, overwrite)
     if pruned.origin.tensors is None:
         raise no_weights(pruned.origin.id)
+    if pruned.is_graph:
+        return _save_graph(pruned, path, overwrite=overwrite, verify=verify)
+    assert pruned.origin.source is not None
     emission, source = pruned.emission, pruned.origin.source
     dtype = _dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)
@@ -235,13 +236,54 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
         )
 
 
-def _save_program(pruned: Pruned, path: Path, overwrite: bool) -> Report:
-    from surgeon.emit.pt2 import write_pt2
+@dataclass(frozen=True)
+class WrittenGraph:
+    """A graph file that an earlier prune wrote."""
 
-    write: Callable[..., Any] = write_pt2
-    with output_folder(path, overwrite=overwrite) as folder:
-        write(pruned.program, pruned.tensor, folder / "model.pt2", metadata={})
+    name: str
+    path: Path
+
+    def verify(self, pruned: Pruned) -> v.Verification:
+        """Returns how the file, run where it runs, compares with the masked reference.
+
+        Raises:
+            SurgeonError: `verify-failed`.
+        """
+        from surgeon.emit import onnx_graph, pt2
+
+        given = pt2.samples(pruned.program)
+        check = pt2.check_pt2 if self.name == "pt2" else onnx_graph.check_onnx
+        largest = check(self.path, pruned.masked, given)
+        found = pruned.verify()
+        both = (*found.probes, v.Difference(self.path.name, largest))
+        return replace(found, probes=both, largest=max(found.largest, largest))
+
+
+def written_graph(folder: Path) -> WrittenGraph | None:
+    """Returns the graph file of a pruned folder, or None where it holds a checkpoint."""
+    for name, info in find_targets().items():
+        path = folder / f"model{info.suffix}"
+        if info.suffix and path.is_file():
+            return WrittenGraph(name, path)
+    return None
+
+
+def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
+    """Writes the result as a graph, which has no class that could refuse it."""
+    target = get_target("pt2" if pruned.target == "transformers" else pruned.target)
+    source = pruned.origin.source
+    need = sum(4 * _elements(pruned.selection.shape(p.name)) for p in pruned.program.params)
+    with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
+        report = pruned.report
+        if verify:
+            report = replace(report, verification=pruned.verify().to_json())
+        # What is written is compared with this program once more, where it runs.
+        file = folder / f"model{target.suffix}"
+        target.write(pruned.program, pruned.tensor, file, check=verify)
         _write_plan(folder, pruned)
-        report = replace(pruned.report, target={"name": "pt2"})
+        if source is not None:
+            hf.carry(folder, source.tokenizer_files, source.tokenizer)
+        size = sum(f.stat().st_size for f in folder.glob("model*"))
+        report = replace(report, target={"name": target.name, "bytes": size, "dtype": "float32"})
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report

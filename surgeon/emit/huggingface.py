@@ -171,7 +171,7 @@ def _refusal(reasons: list[str], config: Any) -> SurgeonError:
         "no Transformers class can express this plan",
         at=f"target Transformers, model type {config.model_type}",
         why="; ".join(reasons),
-        try_="the same share of every layer (--role ffn=…), or export to pt2 or ONNX",
+        try_="the same share of every layer (--role ffn=…), or --to pt2 or --to onnx",
         data={"reasons": reasons},
     )
 
@@ -435,12 +435,17 @@ def write(
         config = emission.candidate.config
         config.architectures = [emission.architecture]
         config.save_pretrained(folder)
+    carry(folder, tokenizer_files, tokenizer)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+
+
+def carry(folder: Path, tokenizer_files: tuple[Path, ...], tokenizer: Any) -> None:
+    """Puts the source's tokenizer into a folder: its files, or one that had to be converted."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for file in tokenizer_files:
         shutil.copyfile(file, folder / file.name)
-    if generation_config is not None:
-        generation_config.save_pretrained(folder)
 
 
 def with_dtype(emission: Emission, dtype: torch.dtype) -> Emission:
