@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.models import tiny, tokens
 
 import surgeon
 from surgeon.runtime.session import OrtSession
+from tests.models import tiny, tokens
 
 
 def test_a_plan_that_no_class_expresses_is_refused_with_the_way_out() -> None:
