@@ -345,3 +345,21 @@ def test_read_names_the_dynamic_sizes():
     )
     program, _ = read(exported, dims={"x": ("rows",)})
     assert program.symbols == ("rows",) and program.inputs[0].type.shape == ("rows", 3)
+
+
+def test_a_write_into_an_existing_tensor_is_refused_by_name_and_line() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            c = self.a(x).clone()
+            c.mul_(2)
+            return c
+
+    with pytest.raises(SurgeonError) as caught:
+        program_of(InPlace(), torch.zeros(2, 8))
+    assert caught.value.code is Code.CAPTURE_FAILED
+    assert "mul_" in caught.value.what
+    assert "test_capture_module.py" in caught.value.at
