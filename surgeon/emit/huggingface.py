@@ -198,18 +198,22 @@ def _stock(
     try:
         with torch.device("meta"):
             model = candidate.model_class(candidate.config)
-        have = capture_model(model).program
-    except (SurgeonError, ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise _Refused(f"its model can't be built ({line[:160]})") from error
-    alias = {a: p.name for p in have.params for a in p.aliases}
-    stored = {p.name: p for p in all_params(model).values() if p.kind in ("parameter", "buffer")}
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise _Refused(f"its model can't be built ({_line(error)})") from error
+    model.tie_weights()
+    every = all_params(model)
+    alias = {a: p.name for p in every.values() for a in p.aliases}
     wanted = {alias.get(new, new): selection.shape(old) for old, new in names.items()}
     for name, size in wanted.items():
-        if name not in stored:
+        found = every.get(name)
+        if found is None or found.kind not in ("parameter", "buffer"):
             raise _Refused(f"it has no parameter {name}")
-        if stored[name].type.shape != size:
-            raise _Refused(f"{name} would be {list(stored[name].type.shape)}, it is {list(size)}")
+        if found.type.shape != size:
+            raise _Refused(f"{name} would be {list(found.type.shape)}, it is {list(size)}")
+    try:
+        have = capture_model(model).program
+    except SurgeonError as error:
+        raise _Refused(f"its model can't be captured ({_line(error)})") from error
     missing = [p.name for p in have.params if p.kind == "parameter" and p.name not in wanted]
     if missing:
         raise _Refused(f"it has a parameter {missing[0]} that the pruned model lacks")
@@ -223,6 +227,11 @@ def _stock(
             "stay what they were with the channels masked"
         )
     return Emission(candidate, names, scales, None, tuple(notes))
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
 
 
 def _same_attention(shape: Shape, have: Any) -> None:
