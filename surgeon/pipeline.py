@@ -217,7 +217,8 @@ class Pruned:
         if self.is_graph:
             from surgeon.runtime.lower import lower
 
-            return lower(self.program, self.tensor)
+            # What is whole may be the source's own memory, which the result must not share.
+            return lower(self.program, lambda name: self.tensor(name).clone())
         from surgeon.emit.huggingface import in_memory
 
         return in_memory(self.emission, self.selection, self.full, self.origin.dtype)
