@@ -227,7 +227,7 @@ class _Reader:
         kwargs = {k: self.arg(a, env) for k, a in node.kwargs.items() if k not in PLACEMENT}
         schema = getattr(node.target, "_schema", None)
         if schema is not None:
-            if schema.is_mutable:
+            if schema.is_mutable and target not in _SAME:
                 self.refuse(f"{target} writes into a tensor that exists already")
             names = [a.name for a in schema.arguments if not a.kwarg_only]
             drop = [i for i, n in enumerate(names[: len(args)]) if n in PLACEMENT]
