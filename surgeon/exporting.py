@@ -40,7 +40,8 @@ def _beside(path: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path.parent)
+    # Left out, it would ask the user about the code of a checkpoint in the same folder.
+    return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
 
 
 def need_tokenizer(tokenizer: Any, model: str) -> Any:
