@@ -222,13 +222,14 @@ class TwiceUsed(nn.Module):
         self.cast = cast
         self.embed = nn.Embedding(11, 8)
         self.weight = nn.Parameter((torch.rand(8) + 0.5).to(torch.float64 if cast else None))
+        self.other = nn.Parameter(torch.rand(8) + 0.5)
         self.head = nn.Linear(8, 11)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1)
         weight = self.weight.to(torch.float32) if self.cast else self.weight
-        return self.head(x * (1.0 + weight)) + torch.tanh(weight).sum()
+        return self.head(x * (1.0 + weight)) + (weight * self.other).sum()
 
 
 @pytest.mark.parametrize("cast", [False, True])
