@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from surgeon.axes.axes import Axes
 from surgeon.axes.budget import Budget, allowed, check_ratio, count, decoder_params
 from surgeon.axes.plan import Plan, Selection, check
-from surgeon.axes.settle import analyse
 from surgeon.axes.surgery import operate
-from surgeon.errors import Code, SurgeonError, no_weights
+from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
+from surgeon.opening import Model, open_model
 from surgeon.plugin import Context
 from surgeon.registry import build
 
@@ -30,100 +30,6 @@ if TYPE_CHECKING:
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
     from surgeon.report.verify import Verification
-
-
-@dataclass(frozen=True)
-class Model:
-    """A captured model: its program, its axes, and where its tensors are read."""
-
-    source: Source | None
-    program: Program
-    axes: Axes
-    tensors: Mapping[str, torch.Tensor] | None
-    fixed: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
-    seconds: float = 0.0
-
-    @property
-    def id(self) -> str:
-        """What people call the model."""
-        return self.source.id if self.source else "module"
-
-    def read(self, name: str) -> torch.Tensor:
-        """Returns a parameter or buffer as fp32 (integers as they are), in full size.
-
-        Raises:
-            SurgeonError: `missing-file` where only the configuration is known.
-        """
-        found = self.fixed.get(name)
-        if found is None:
-            if self.tensors is None:
-                raise no_weights(self.id)
-            found = self.tensors[name]
-        return found.float() if found.is_floating_point() else found
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Returns the element type in which a parameter is stored."""
-        if name in self.fixed:
-            return self.fixed[name].dtype
-        if self.tensors is None:
-            raise no_weights(self.id)
-        get = getattr(self.tensors, "dtype", None)
-        return get(name) if get else self.tensors[name].dtype
-
-    def fingerprint(self) -> str:
-        """Returns a hash of the tensors' names, types, shapes and first bytes."""
-        return self.source.hash() if self.source else ""
-
-
-def open_model(
-    source: Any,
-    *,
-    example_inputs: Sequence[Any] | None = None,
-    dynamic_shapes: Any = None,
-    trust_remote_code: bool = False,
-) -> Model:
-    """Returns a source captured and analysed.
-
-    Args:
-        source: a Transformers model, a checkpoint folder, a `config.json`, a GGUF file, a hub id,
-            the alias `smollm2`, an `ExportedProgram`, or any module with `example_inputs`.
-        example_inputs: what to trace any other module with.
-        dynamic_shapes: as `torch.export.export` takes them.
-        trust_remote_code: run modelling code that comes with a checkpoint.
-    """
-    if isinstance(source, Model):
-        return source
-    start = time.perf_counter()
-    generic = _open_module(source, example_inputs, dynamic_shapes)
-    if generic is not None:
-        return replace(generic, seconds=time.perf_counter() - start)
-    from surgeon.capture.model import capture_model
-    from surgeon.capture.source import resolve
-
-    found = resolve(source, trust_remote_code=trust_remote_code)
-    captured = capture_model(found.meta_model())
-    axes = analyse(captured.program)
-    weights = found.weights
-    fixed = {**captured.constants, **found.computed()}
-    return Model(found, captured.program, axes, weights, fixed, time.perf_counter() - start)
-
-
-def _open_module(source: Any, example_inputs: Any, dynamic_shapes: Any) -> Model | None:
-    if isinstance(source, str | Path):
-        return None
-    from torch import nn
-    from torch.export import ExportedProgram
-
-    from surgeon.capture.model import capture_exported, capture_module
-
-    if isinstance(source, ExportedProgram):
-        exported, captured = source, capture_exported(source)
-    elif isinstance(source, nn.Module) and example_inputs is not None:
-        captured, exported = capture_module(source, example_inputs, None, dynamic_shapes)
-    else:
-        return None
-    tensors: dict[str, Any] = {**exported.state_dict, **exported.constants, **captured.constants}
-    return Model(None, captured.program, analyse(captured.program), tensors)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,9 @@ import torch
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.branches import ATTENTION
-from surgeon.axes.fold import Fold, Unfoldable, folds
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.axes.space import Expr, leaves
 from surgeon.axes.surgery import share_of
-from surgeon.capture.buffers import computed_buffers
 from surgeon.capture.model import all_params, capture_model
 from surgeon.emit.files import TensorSpec, write_safetensors
 from surgeon.emit.hf_config import (
@@ -33,6 +30,7 @@ from surgeon.emit.hf_config import (
     stock,
 )
 from surgeon.emit.layers import LayerShape, layer_shapes
+from surgeon.emit.scales import Refused, Scale, folded_scales, table_ratios
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Arg, ParamRef, Ref
 from surgeon.runtime.apply import Get, removed
@@ -42,19 +40,6 @@ AUTO_MAP = {
     "AutoConfig": "modeling_surgeon_pruned.SurgeonPrunedConfig",
     "AutoModelForCausalLM": "modeling_surgeon_pruned.SurgeonPrunedForCausalLM",
 }
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A fold with its base: the parameter p becomes base^exponent · (p + offset) − offset."""
-
-    base: float
-    fold: Fold
-
-    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the scaled tensor, computed in double precision."""
-        factor = self.base ** float(self.fold.exponent)
-        return (tensor.double() + self.fold.offset) * factor - self.fold.offset
 
 
 @dataclass(frozen=True)
@@ -83,15 +68,11 @@ class Emission:
         return self.candidate.model_class.__name__
 
 
-class _Refused(Exception):
-    """A candidate can't express the plan. Its text is the reason."""
-
-
 def _hidden(axes: Axes, selection: Selection) -> int:
     sizes = [selection.size(axes.number[a.name]) for a in axes.of_role("hidden")]
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) != 1:
-        raise _Refused(
+        raise Refused(
             f"the model has {len(numbers)} residual widths, and a configuration names one"
         )
     return numbers[0]
@@ -141,13 +122,13 @@ def choose(
     reasons: list[str] = []
     try:
         if not shapes:
-            raise _Refused("the model has no decoder layers")
+            raise Refused("the model has no decoder layers")
         if not kept:
-            raise _Refused("no layer is left")
+            raise Refused("no layer is left")
         shape = Shape(
             _hidden(axes, selection), kept, tuple(i for i, s in enumerate(shapes) if s in kept)
         )
-    except _Refused as refused:
+    except Refused as refused:
         raise _refusal([str(refused)], config) from refused
     names = _renamed(axes, plan, kept)
     uniform = all(s.widths == kept[0].widths and s.attention and s.mlp for s in kept)
@@ -155,7 +136,7 @@ def choose(
         for label, make in stock(config, model_class, shape):
             try:
                 return _stock(axes, selection, shape, names, _made(make), buffers)
-            except _Refused as refused:
+            except Refused as refused:
                 reasons.append(f"{label}: {refused}")
     else:
         reasons.append(f"{model_class.__name__}: its layers differ in width or lack a branch")
@@ -183,7 +164,7 @@ def _made(make: Callable[[], Candidate]) -> Candidate:
         return make()
     except (ValueError, TypeError, StrictDataclassError) as error:
         last = str(error).strip().splitlines()[-1].strip()
-        raise _Refused(f"its configuration refuses the sizes ({last[:160]})") from error
+        raise Refused(f"its configuration refuses the sizes ({last[:160]})") from error
 
 
 def _stock(
@@ -199,7 +180,7 @@ def _stock(
         with torch.device("meta"):
             model = candidate.model_class(candidate.config)
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        raise _Refused(f"its model can't be built ({_line(error)})") from error
+        raise Refused(f"its model can't be built ({_line(error)})") from error
     model.tie_weights()
     every = all_params(model)
     alias = {a: p.name for p in every.values() for a in p.aliases}
@@ -207,19 +188,19 @@ def _stock(
     for name, size in wanted.items():
         found = every.get(name)
         if found is None or found.kind not in ("parameter", "buffer"):
-            raise _Refused(f"it has no parameter {name}")
+            raise Refused(f"it has no parameter {name}")
         if found.type.shape != size:
-            raise _Refused(f"{name} would be {list(found.type.shape)}, it is {list(size)}")
+            raise Refused(f"{name} would be {list(found.type.shape)}, it is {list(size)}")
     try:
         have = capture_model(model).program
     except SurgeonError as error:
-        raise _Refused(f"its model can't be captured ({_line(error)})") from error
+        raise Refused(f"its model can't be captured ({_line(error)})") from error
     missing = [p.name for p in have.params if p.kind == "parameter" and p.name not in wanted]
     if missing:
-        raise _Refused(f"it has a parameter {missing[0]} that the pruned model lacks")
+        raise Refused(f"it has a parameter {missing[0]} that the pruned model lacks")
     _same_attention(shape, have)
-    fixed = _buffers(axes, selection, candidate, buffers)
-    scales = _scales(axes, selection, fixed)
+    fixed = table_ratios(axes, selection, candidate, buffers)
+    scales = folded_scales(axes, selection, fixed)
     notes = [candidate.note] if candidate.note else []
     if scales:
         notes.append(
@@ -244,79 +225,11 @@ def _same_attention(shape: Shape, have: Any) -> None:
         return  # captured as it stands: verification compares results
     for layer, (scale, window) in zip(shape.layers, literals, strict=True):
         if not math.isclose(scale, layer.scale, rel_tol=1e-6):
-            raise _Refused(
+            raise Refused(
                 f"it would scale attention by {scale:.6g}, the model uses {layer.scale:.6g}"
             )
         if window != layer.window:
-            raise _Refused(f"{layer.path} would have the window {window}, it has {layer.window}")
-
-
-def _buffers(
-    axes: Axes, selection: Selection, candidate: Candidate, buffers: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
-    """Compares the tables that the candidate computes by itself with those the model needs.
-
-    Returns the buffers that come out as a multiple of what is needed, by name; a table of
-    positions must agree exactly.
-    """
-    gone = dropped(axes, selection.plan)
-    theirs = computed_buffers(candidate.model_class, candidate.config)
-    out: dict[str, float] = {}
-    for p in axes.program.params:
-        if p.kind != "computed" or p.name in gone:
-            continue
-        want = removed(selection, p.name, buffers[p.name])
-        got = theirs.get(p.name)
-        if got is None or got.shape != want.shape:
-            size = None if got is None else list(got.shape)
-            raise _Refused(f"it computes {p.name} as {size}, the model needs {list(want.shape)}")
-        if torch.equal(got.double(), want.double()):
-            continue
-        ratio = got.double() / want.double()
-        if want.numel() != 1:
-            if torch.allclose(got.double(), want.double(), rtol=1e-6):
-                continue
-            raise _Refused(f"it computes other values for {p.name}")
-        out[p.name] = float(ratio)
-    return out
-
-
-def _scales(
-    axes: Axes, selection: Selection, fixed: Mapping[str, float]
-) -> dict[str, tuple[Scale, ...]]:
-    """Returns what folds the corrected averages into weights, one fold per share."""
-    groups: dict[float, list[int]] = {}
-    for index, op in enumerate(axes.program.ops):
-        share = share_of(axes, selection, index, op)
-        if share != 1.0:
-            groups.setdefault(share, []).append(index)
-    if fixed and not groups:
-        name = next(iter(fixed))
-        raise _Refused(f"it computes {name} as {fixed[name]:.6g} times what the model needs")
-    out: dict[str, tuple[Scale, ...]] = {}
-    left = dict(fixed)
-    for share, averages in groups.items():
-        base = math.sqrt(share)
-        exponents: dict[str, Fraction] = {}
-        for name, ratio in list(left.items()):
-            if ratio <= 0:
-                continue
-            power = math.log(ratio) / math.log(base)
-            if abs(power - round(power)) < 1e-4:
-                exponents[name] = Fraction(round(power))
-                del left[name]
-        try:
-            found = folds(axes.program, frozenset(averages), exponents)
-        except Unfoldable as error:
-            raise _Refused(
-                f"the average over removed channels can't be folded into weights ({error})"
-            ) from error
-        for name, fold in found.items():
-            out[name] = (*out.get(name, ()), Scale(base, fold))
-    if left:
-        name = next(iter(left))
-        raise _Refused(f"it computes {name} as {left[name]:.6g} times what the model needs")
-    return out
+            raise Refused(f"{layer.path} would have the window {window}, it has {layer.window}")
 
 
 def _packaged(
