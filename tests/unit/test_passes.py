@@ -100,7 +100,7 @@ TIED: dict[bool, dict[str, Any]] = {False: {}, True: {"tie_word_embeddings": Tru
 ROLES = ("kv_heads", "q_per_kv", "v", "ffn", "rotary", "hidden")
 
 
-def by_hand(role: str, axis: Any, p: int, tied: bool) -> tuple[np.ndarray, int]:
+def by_hand(role: str, axis: Any, p: Any, tied: bool) -> tuple[np.ndarray, int]:
     """The norm of every channel of an axis, and how many weights a channel has."""
     take = pieces(role, tied)
     where = [int(n) for n in re.findall(r"layers\.(\d+)\.", axis.name)]
@@ -109,14 +109,15 @@ def by_hand(role: str, axis: Any, p: int, tied: bool) -> tuple[np.ndarray, int]:
     sizes = set()
     for index in np.ndindex(*shape):
         found = torch.cat([t.reshape(-1) for t in take(*where, *index)])
-        out[index] = sum(abs(float(x)) ** p for x in found) ** (1 / p)
+        sizes_of = [abs(float(x)) for x in found]
+        out[index] = max(sizes_of) if p == "max" else sum(x**p for x in sizes_of) ** (1 / p)
         sizes.add(len(found))
     (size,) = sizes
     return out, size
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [1, 2, "max"])
 @pytest.mark.parametrize("role", ROLES)
 def test_magnitude_is_the_norm_of_all_weights_of_a_channel(role: str, p: Any, tied: bool):
     axes = axes_of("Llama", **TIED[tied])
@@ -129,14 +130,14 @@ def test_magnitude_is_the_norm_of_all_weights_of_a_channel(role: str, p: Any, ti
         for option, by in (
             ("mean", wanted.mean()),
             ("max", wanted.max()),
-            ("size", size ** (1 / p)),
+            ("size", 1 if p == "max" else size ** (1 / p)),
         ):
             scaled: Any = Magnitude(p=p, normalise=option)  # type: ignore[arg-type]
             found = scaled.score(context(targets=names, **TIED[tied]))[name]
             np.testing.assert_allclose(found, wanted / by, rtol=1e-9)
 
 
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [1, 2, "max"])
 def test_the_magnitude_of_a_branch_is_the_norm_of_what_it_owns(p: Any):
     axes = axes_of("Llama")
     state = dict(models.tiny("Llama").named_parameters())
@@ -145,7 +146,7 @@ def test_the_magnitude_of_a_branch_is_the_norm_of_what_it_owns(p: Any):
     for branch in axes.branches:
         owned = torch.cat([state[n].detach().double().reshape(-1) for n in branch.params])
         assert found[branch.name].shape == ()
-        assert float(found[branch.name]) == pytest.approx(float(owned.norm(p)))
+        assert float(found[branch.name]) == pytest.approx(float(owned.norm(1 if p == 1 else 2)))
 
 
 def test_biases_count_with_their_channel():
