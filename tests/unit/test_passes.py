@@ -315,8 +315,7 @@ def test_a_ratio_fills_the_roles_that_were_not_asked_for():
     assert abs(gone - 0.3 * total) <= step(notes) / 2
 
 
-def test_a_ratio_between_two_coarse_steps_takes_the_nearer():
-    """Little MLP, large groups: the goal lies between all of the MLP and one group more."""
+def test_a_ratio_between_all_of_the_mlp_and_one_group_takes_the_nearer():
     options = {"overrides": {"intermediate_size": 8}, "ffn_limit": 0.5}
     axes, plan, _ = select(roles={"kv_heads": 1 / 3}, **options)
     group, total = removed(axes, plan)
