@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.command import surgeon
+
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
@@ -69,3 +71,43 @@ def test_plain_transformers_loads_it_where_surgeon_can_not_be_imported(demo: Any
     )
     name, width, length = done.stdout.split()
     assert name == "LlamaForCausalLM" and int(width) < 1536 and int(length) >= 2
+
+
+def test_left_padded_batches_generate_the_same_with_and_without_a_cache(demo: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(demo[0] / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(demo[0] / "model")
+    texts = ["The heart is a muscle that", "Water"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    new: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    cached = model.generate(**batch, use_cache=True, **new)
+    assert torch.equal(cached, model.generate(**batch, use_cache=False, **new))
+
+
+def test_the_command_plans_the_same(demo: Any) -> None:
+    planned = surgeon("prune", "smollm2", "--ratio", "0.2", "--dry-run", "--json", "--no-verify")
+    assert planned.code == 0, planned.err
+    found = json.loads(planned.out)
+    for key in ("parameters", "ratio", "axes", "source"):
+        assert found[key] == demo[1]["report"][key]
+
+
+def test_the_command_goes_on_alike_from_the_checkpoint_and_its_graph(demo: Any) -> None:
+    prompt = ("The heart is a muscle that", "--max-new-tokens", "6")
+    text = surgeon("generate", demo[0] / "model", *prompt)
+    graph = surgeon("generate", demo[0] / "model.onnx", *prompt, "--tokenizer", demo[0] / "model")
+    assert text.code == graph.code == 0 and text.out == graph.out
+    assert text.out.startswith(prompt[0]) and len(text.out) > len(prompt[0]) + 5
+
+
+def test_the_demonstration_runs_again_into_its_folder(demo: Any) -> None:
+    before = (demo[0] / "model" / "model.safetensors").read_bytes()
+    again = surgeon("demo", "-o", demo[0], "--windows", "1")
+    assert again.code == 0, again.err
+    for text in ("decoder-layer parameters", "perplexity", "before:", "after:", "onnx:"):
+        assert text in again.out
+    assert "NOT the same" not in again.out
+    assert (demo[0] / "model" / "model.safetensors").read_bytes() == before
+    assert not [p.name for p in demo[0].iterdir() if p.name.startswith(".")]
