@@ -14,7 +14,7 @@ from tests.command import ROOT, Outcome, checkpoint, python, surgeon, weights_of
 
 COMMANDS = {
     "prune": (
-        "--output --ratio --role --freeze --only --score --select --score-option --select-option "
+        "--output --to --ratio --role --freeze --only --score --select --score-option --select-option "
         "--plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
     ),
     "inspect": "--json --trust-remote-code",
