@@ -14,8 +14,8 @@ from tests.command import ROOT, Outcome, checkpoint, python, surgeon, weights_of
 
 COMMANDS = {
     "prune": (
-        "--output --to --ratio --role --freeze --only --score --select --score-option --select-option "
-        "--plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
+        "--output --to --ratio --role --freeze --only --score --select --score-option "
+        "--select-option --plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
     ),
     "inspect": "--json --trust-remote-code",
     "ir": "--trust-remote-code",
