@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
 from surgeon.errors import Code, SurgeonError
@@ -227,8 +227,6 @@ class _Reader:
         kwargs = {k: self.arg(a, env) for k, a in node.kwargs.items() if k not in PLACEMENT}
         schema = getattr(node.target, "_schema", None)
         if schema is not None:
-            if schema.is_mutable and target not in _SAME:
-                self.refuse(f"{target} writes into a tensor that exists already")
             names = [a.name for a in schema.arguments if not a.kwarg_only]
             drop = [i for i, n in enumerate(names[: len(args)]) if n in PLACEMENT]
             for argument in schema.arguments[len(args) :]:
@@ -359,6 +357,34 @@ def _returned(program: Program, outputs: Iterable[Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """Returns the program with in-place operations made functional, itself where it has none.
+
+    Raises:
+        SurgeonError: `capture-failed` where the module writes into its own state or its inputs.
+    """
+    for module in exported.graph_module.modules():
+        if isinstance(module, GraphModule) and any(map(_in_place, module.graph.nodes)):
+            # An empty table decomposes nothing: what is left of it is the functionalisation.
+            exported = exported.run_decompositions({})
+            break
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise SurgeonError(
+                Code.CAPTURE_FAILED,
+                f"the module writes into {spec.target}",
+                at=f"{spec.arg.name}, {spec.kind.name.lower().replace('_', ' ')}",
+                why="a program has no state: the value would be lost after every call",
+                try_="capture the module without that buffer's update, e.g. in eval mode",
+            )
+    return exported
+
+
+def _in_place(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable and str(node.target) not in _SAME
+
+
 def read(
     exported: ExportedProgram,
     *,
@@ -375,8 +401,9 @@ def read(
         persistent: names of buffers that checkpoints store; None asks the graph's signature.
 
     Raises:
-        SurgeonError: `capture-failed` where the graph returns no tensor.
+        SurgeonError: `capture-failed` where the graph returns no tensor, or keeps state.
     """
+    exported = _functional(exported)
     signature = exported.graph_signature
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     symbols: dict[str, str] = {}
