@@ -26,6 +26,7 @@ class Code(StrEnum):
     NO_SUCH_ROLE = "no-such-role"
     NO_SUCH_AXIS = "no-such-axis"
     NO_SUCH_PASS = "no-such-pass"
+    BAD_PASS = "bad-pass"
     BAD_OPTION = "bad-option"
     PINNED = "pinned"
     BAD_PLAN = "bad-plan"

@@ -65,8 +65,8 @@ def available() -> dict[str, dict[str, PassInfo]]:
     """Returns every installed pass by kind and name, both sorted, without importing any.
 
     Raises:
-        SurgeonError: two plug-ins bring a pass of one kind and name, a plug-in's package is
-            missing, or a pass's file doesn't parse.
+        SurgeonError: `BAD_PASS` where two plug-ins bring a pass of one kind and name or a pass's
+            file doesn't parse, `MISSING_FILE` where a plug-in's package is missing.
     """
     found: dict[str, dict[str, PassInfo]] = {kind: {} for kind in KINDS}
     # An editable install beside a built one names the same package twice.
@@ -124,8 +124,8 @@ def load(kind: str, name: str) -> type[Pass]:
     """Returns the class of the pass; only now is its module imported.
 
     Raises:
-        SurgeonError: `MISSING_EXTRA` where the module needs another that is not installed, and
-            `NO_SUCH_PASS`, also where it doesn't hold exactly one frozen dataclass of its kind.
+        SurgeonError: `NO_SUCH_PASS`; `MISSING_EXTRA` where the module needs another that is not
+            installed; `BAD_PASS` where it doesn't hold exactly one frozen dataclass of its kind.
     """
     info = find(kind, name)
     try:
@@ -274,7 +274,7 @@ def _summary(file: Path, plugin: str) -> str:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError) as error:
         raise SurgeonError(
-            Code.NO_SUCH_PASS,
+            Code.BAD_PASS,
             f"the file of a pass of plug-in '{plugin}' does not parse",
             at=f"{file}:{getattr(error, 'lineno', None) or 1}",
             why=str(error),
@@ -336,7 +336,7 @@ def _bad_option(at: str, option: str, why: str, try_: str) -> SurgeonError:
 
 def _malformed(info: PassInfo, why: str) -> SurgeonError:
     return SurgeonError(
-        Code.NO_SUCH_PASS,
+        Code.BAD_PASS,
         f"{info.kind} pass '{info.name}' of plug-in '{info.plugin}' is not well-formed",
         at=str(info.path),
         why=why,
@@ -347,7 +347,7 @@ def _malformed(info: PassInfo, why: str) -> SurgeonError:
 
 def _conflict(one: PassInfo, two: PassInfo) -> SurgeonError:
     return SurgeonError(
-        Code.NO_SUCH_PASS,
+        Code.BAD_PASS,
         f"two plug-ins bring a {one.kind} pass named '{one.name}'",
         at=f"{one.path} and {two.path}",
         why=f"plug-ins '{one.plugin}' and '{two.plugin}' both have a file "

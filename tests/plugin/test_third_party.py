@@ -103,6 +103,7 @@ def test_an_unknown_pass_names_the_nearest(acme):
 def test_two_plugins_with_one_name_are_both_named(acme, install):
     other = install("other", {"score/loud_one.py": "1"})
     error = refusal(registry.available)
+    assert error.code is Code.BAD_PASS
     assert "'acme'" in error.why and "'other'" in error.why
     assert str(acme) in error.at and str(other) in error.at
 
@@ -126,6 +127,7 @@ def test_a_missing_package_is_named(install):
 def test_a_file_that_does_not_parse_is_named_with_its_line(install):
     install("other", {"select/broken.py": "def broken(:\n"})
     error = refusal(registry.available)
+    assert error.code is Code.BAD_PASS
     assert error.at.endswith("broken.py:1") and "invalid syntax" in error.why
 
 
@@ -144,4 +146,6 @@ def test_a_malformed_pass_is_refused_when_loaded(install, source, says):
     name = f"odd_{uuid.uuid4().hex}"
     install("other", {f"score/{name}.py": source})
     assert name in registry.available()["score"]
-    assert says in str(refusal(registry.load, "score", name))
+    error = refusal(registry.load, "score", name)
+    assert error.code is (Code.MISSING_EXTRA if "absent" in says else Code.BAD_PASS)
+    assert says in str(error)
