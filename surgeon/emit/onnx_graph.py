@@ -28,7 +28,6 @@ from surgeon.emit.pt2 import (
     samples,
     tensors,
 )
-from surgeon.emit.target import Target
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Program
 from surgeon.runtime.lower import lower
@@ -230,15 +229,15 @@ def write_onnx(
         )
         onnx_ir.save(model, partial, format="protobuf")
         largest = checked(partial)
-        _point(model, beside.name)
+        point(model, beside.name)
         onnx_ir.save(model, partial, format="protobuf")
         # Between the two renames that follow, an old graph must not find new weights.
         path.unlink(missing_ok=True)
     return Written((path, beside), len(model.graph), largest)
 
 
-def _point(model: Any, location: str) -> None:
-    """Has tensors outside the graph read from another file beside it."""
+def point(model: Any, location: str) -> None:
+    """Has tensors outside the graph read from another file beside it, `location`."""
     import onnx_ir
 
     for value in model.graph.initializers.values():
@@ -288,11 +287,3 @@ def check_onnx(
             try_="export to pt2, or report this with the plan",
         ) from error
     return compare(str(path), found, reference, given, tolerance)
-
-
-TARGET = Target(
-    name="onnx",
-    description="an ONNX graph without a cache, for ONNX Runtime",
-    suffix=".onnx",
-    write=write_onnx,
-)
