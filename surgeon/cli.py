@@ -36,6 +36,10 @@ RemoteOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="run modelling code that comes with MODEL")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+DeviceOption = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where it works")]
+RunnableArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file or folder")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 
 
@@ -311,28 +315,53 @@ def verify(
 def export(
     model: ModelArg,
     to: Annotated[str, typer.Option(help="onnx or pt2")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="file to write")],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="file to write, or for onnx a folder to run"),
+    ],
+    style: Annotated[
+        str | None,
+        typer.Option(help="of ONNX: ort (the default), standard, or generic, without a cache"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of ONNX: fp32, fp16 or bf16")] = "fp32",
+    positions: Annotated[
+        int | None, typer.Option(help="longest sequence; the configuration's by default")
+    ] = None,
     overwrite: OverwriteOption = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="skip running what was written")
+    ] = False,
     trust_remote_code: RemoteOption = False,
 ) -> None:
     """Write a model as an ONNX graph or a torch.export program."""
     from surgeon import exporting
 
-    summary = exporting.export(
-        model, to, out, overwrite=overwrite, trust_remote_code=trust_remote_code
+    found = exporting.export(
+        model,
+        to,
+        out,
+        style=style,
+        dtype=dtype,
+        positions=positions,
+        overwrite=overwrite,
+        check=not no_check,
+        trust_remote_code=trust_remote_code,
     )
-    typer.echo(summary)
+    typer.echo(found.summary)
+    for note in found.notes:
+        typer.echo(f"note: {note}")
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file")],
+    model: RunnableArg,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to score")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="folder with the tokenizer of an ONNX file")
     ] = None,
     window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
     windows: Annotated[int, typer.Option(help="windows scored at most")] = 48,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     trust_remote_code: RemoteOption = False,
 ) -> None:
@@ -343,7 +372,10 @@ def evaluate(
     from surgeon.report.evaluate import perplexity, read_text
 
     content = read_text(text) if text else None
-    runnable, tokens = exporting.load(model, tokenizer, trust_remote_code=trust_remote_code)
+    runnable, tokens = exporting.load(
+        model, tokenizer, device=device, trust_remote_code=trust_remote_code
+    )
+    _say_device(device, exporting.where(runnable))
     found = perplexity(
         runnable,
         exporting.need_tokenizer(tokens, model),
@@ -363,8 +395,10 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    model: RunnableArg,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="several are one batch")
+    ],
     tokenizer: Annotated[
         str | None, typer.Option(help="folder with the tokenizer of an ONNX file")
     ] = None,
@@ -373,18 +407,84 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="draw from this many tokens")] = None,
     top_p: Annotated[float | None, typer.Option(help="draw from this much probability")] = None,
     seed: Annotated[int, typer.Option(help="for sampling")] = 0,
+    device: DeviceOption = "auto",
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Let a model go on from a prompt."""
+    """Let a model go on from a prompt, or from each of several."""
     from surgeon import exporting
     from surgeon.runtime.generate import Sampling
     from surgeon.runtime.generate import generate as write
 
-    runnable, tokens = exporting.load(model, tokenizer, trust_remote_code=trust_remote_code)
-    tokens = exporting.need_tokenizer(tokens, model)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    found = write(runnable, tokens, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
-    typer.echo(prompt + found.text)
+    runnable, tokens = exporting.load(
+        model, tokenizer, device=device, trust_remote_code=trust_remote_code
+    )
+    tokens = exporting.need_tokenizer(tokens, model)
+    _say_device(device, exporting.where(runnable))
+    started: list[int] = []
+
+    def show(row: int, piece: str) -> None:
+        # One text is shown as it is written; several would get into one another.
+        if len(prompts) == 1:
+            typer.echo(piece if started else prompts[0] + piece, nl=False)
+            started.append(row)
+
+    found = write(
+        runnable, tokens, prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_text=show
+    )
+    if started:
+        typer.echo()
+        return
+    for prompt, written in zip(prompts, found, strict=True):
+        typer.echo(prompt + written.text)
+
+
+def _say_device(asked: str, taken: str) -> None:
+    if asked == "auto":
+        typer.echo(f"running on {taken}", err=True)
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="as for eval; the same one twice shows the noise"),
+    ],
+    prompt_tokens: Annotated[int, typer.Option(help="tokens read at once")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="tokens written one at a time")] = 32,
+    batch: Annotated[int, typer.Option(help="rows at a time")] = 1,
+    threads: Annotated[int | None, typer.Option(help="threads of each model")] = None,
+    repeat: Annotated[int, typer.Option(help="turns measured, after one that warms up")] = 5,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Compare the speed and memory of models, measured in turns."""
+    from contextlib import nullcontext
+
+    from rich.console import Console
+
+    from surgeon.report.bench_table import bench_table
+    from surgeon.runtime.bench import Settings, compare
+
+    arguments = {"device": device, "threads": threads, "trust_remote_code": trust_remote_code}
+    settings = Settings(prompt_tokens, new_tokens, batch, repeat)
+    console = Console(stderr=True)
+    with console.status("starting") if console.is_terminal else nullcontext() as status:
+        found = compare(
+            models,
+            "surgeon.exporting:load_to_measure",
+            arguments,
+            settings,
+            progress=status.update if status else None,
+        )
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+        return
+    Console().print(bench_table(found))
+    if device == "auto":
+        for note in dict.fromkeys(f"{m.device} ({m.note})" for m in found.models):
+            _say_device(device, note)
 
 
 @app.command()

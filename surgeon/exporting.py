@@ -2,46 +2,102 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from surgeon.axes.plan import Plan
 from surgeon.errors import Code, SurgeonError, near
-from surgeon.pipeline import Model, open_model, prune
+from surgeon.pipeline import Model, open_model, prune, versions
 
 
 def load(
-    model: str, tokenizer: str | None = None, *, trust_remote_code: bool = False
+    model: str,
+    tokenizer: str | None = None,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Returns something that gives logits, and its tokenizer or None.
 
     Args:
-        model: an ONNX file, or anything that `open_model` takes.
+        model: an ONNX file or the folder of one, or anything that `open_model` takes.
         tokenizer: a folder with a tokenizer, for a model that has none beside it.
+        device: `auto`, `cuda` or `cpu`.
         trust_remote_code: run modelling code that comes with a checkpoint.
 
     Raises:
         SurgeonError: why it can't be loaded.
     """
     from surgeon.capture.source import resolve
+    from surgeon.runtime.device import choose_torch_device
+    from surgeon.runtime.model import open_session, tokenizer_beside
 
     chosen = resolve(tokenizer).load_tokenizer() if tokenizer else None
-    if model.endswith(".onnx"):
-        from surgeon.runtime.session import OrtSession
-
-        return OrtSession(model), chosen or _beside(Path(model))
+    if _is_graph(model):
+        session = open_session(model, device=device)
+        return session, chosen or tokenizer_beside(session.path)
+    on = choose_torch_device(device)
     opened = open_model(model, trust_remote_code=trust_remote_code)
-    loaded = prune(opened, plan=Plan(), verify=False).model.float()
+    loaded: Any = prune(opened, plan=Plan(), verify=False).model.float().to(on.name)
+    loaded.device_note = on.note
     return loaded, chosen or (opened.source.load_tokenizer() if opened.source else None)
 
 
-def _beside(path: Path) -> Any:
-    if not (path.parent / "tokenizer_config.json").exists():
-        return None
-    from transformers import AutoTokenizer
+def load_to_measure(
+    model: str, *, device: str = "auto", threads: int | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Returns a model as its own library loads it, so that its memory is what users will see.
 
-    # Left out, it would ask the user about the code of a checkpoint in the same folder.
-    return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False)
+    Args:
+        model: an ONNX file or the folder of one, or a Transformers checkpoint.
+        device: `auto`, `cuda` or `cpu`.
+        threads: threads inside an operation; the library's own choice without it.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+
+    Raises:
+        SurgeonError: why it can't be loaded.
+    """
+    from surgeon.runtime.model import open_session
+
+    if _is_graph(model):
+        return open_session(model, device=device, threads=threads)
+    import torch
+
+    from surgeon.capture.source import resolve
+    from surgeon.runtime.device import choose_torch_device
+
+    on = choose_torch_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    model_class: Any = source.model_class
+    if source.folder is not None and source.weights is not None:
+        loaded = model_class.from_pretrained(source.folder, dtype=torch.float32)
+    else:
+        weights = source.full_weights()
+        loaded = model_class(source.config)
+        wanted = loaded.state_dict()
+        loaded.load_state_dict({n: weights[n] for n in wanted if n in weights}, strict=False)
+        loaded.tie_weights()
+    loaded.device_note = on.note
+    return loaded.float().eval().to(on.name)
+
+
+def where(model: Any) -> str:
+    """Returns on which device a loaded model runs, and why."""
+    note = getattr(model, "device_note", "") or getattr(model, "note", "")
+    return f"{getattr(model, 'device', 'cpu')} ({note})" if note else str(model.device)
+
+
+def _is_graph(model: str) -> bool:
+    from surgeon.runtime.graph_file import is_graph_folder
+
+    path = Path(model).expanduser()
+    return model.endswith(".onnx") or (path.is_dir() and is_graph_folder(path))
 
 
 def need_tokenizer(tokenizer: Any, model: str) -> Any:
@@ -57,15 +113,48 @@ def need_tokenizer(tokenizer: Any, model: str) -> Any:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        path: of the file or folder.
+        summary: in words.
+        target: what a report says of it.
+        notes: what the user should know of it.
+    """
+
+    path: Path
+    summary: str
+    target: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
 def export(
     model: str | Model,
     to: str,
     path: Path,
     *,
+    style: str | None = None,
+    dtype: str = "fp32",
+    positions: int | None = None,
     overwrite: bool = False,
+    check: bool = True,
     trust_remote_code: bool = False,
-) -> str:
-    """Writes a model as a graph file and returns what was written, in words.
+) -> Exported:
+    """Writes a model as a graph and returns what was written.
+
+    Args:
+        model: anything that `open_model` takes.
+        to: `onnx` or `pt2`.
+        path: a file with the target's suffix gets the graph (large weights beside it); for `onnx`
+            any other path is a folder that ONNX Runtime and onnxruntime-genai run as it is.
+        style: of an ONNX graph: `ort`, `standard` or `generic`; see `Options`.
+        dtype: of an ONNX graph: `fp32`, `fp16` or `bf16`.
+        positions: the longest sequence of an ONNX graph; by default the configuration's.
+        overwrite: replace an earlier result.
+        check: run what was written and compare.
+        trust_remote_code: run modelling code that comes with a checkpoint.
 
     Raises:
         SurgeonError: `bad-option` for an unknown target; why the model can't be read, exported
@@ -82,15 +171,68 @@ def export(
             why="graphs are written as ONNX or as a torch.export program",
             try_=near(to, known),
         )
-    target = get_target(to)
-    from surgeon.emit.files import check_output_file
+    if to != "onnx" and (style is not None or dtype != "fp32" or positions is not None):
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"--to {to} has no style, element type or number of positions",
+            at=f"--to {to}",
+            why="a torch.export program is written in fp32, without tables",
+            try_="leave --style, --dtype and --positions out, or --to onnx",
+        )
+    from surgeon.emit.files import check_output, check_output_file
 
-    check_output_file(path, overwrite=overwrite)
+    target = get_target(to)
+    alone = to != "onnx" or path.suffix == target.suffix
+    (check_output_file if alone else check_output)(path, overwrite=overwrite)
+    options: dict[str, Any] = {"style": style, "dtype": dtype, "positions": positions}
+    if to == "onnx":
+        from surgeon.emit.onnx_decoder import Options
+
+        # What can't be asked for is refused before the model is opened.
+        Options(style or "ort", dtype, 1 if positions is None else positions)
     opened = open_model(model, trust_remote_code=trust_remote_code)
-    found = target.write(opened.program, opened.read, path, overwrite=overwrite)
+    if not alone:
+        return _export_folder(opened, path, options, overwrite=overwrite, check=check)
+    chosen: dict[str, Any] = {}
+    if to == "onnx":
+        from surgeon.emit.onnx_folder import options_for
+
+        chosen = {"options": options_for(opened.program, opened.source, **options)}
+    found = target.write(
+        opened.program, opened.read, path, overwrite=overwrite, check=check, **chosen
+    )
     size = sum(file.stat().st_size for file in found.files)
     names = ", ".join(file.name for file in found.files)
-    checked = (
-        f", within {found.largest:.1e} of the program's values" if found.largest is not None else ""
-    )
-    return f"wrote {names}: {found.nodes:,} nodes, {size / 1e6:,.1f} MB{checked}"
+    report = {"name": to, "nodes": found.nodes, "bytes": size, "largest_difference": found.largest}
+    return Exported(path, _summary(names, found.nodes, size, found.largest), report)
+
+
+def _export_folder(
+    opened: Model, path: Path, options: Mapping[str, Any], *, overwrite: bool, check: bool
+) -> Exported:
+    from surgeon.emit.files import MARKER, output_folder
+    from surgeon.emit.onnx_folder import options_for, write_folder
+
+    chosen = options_for(opened.program, opened.source, **options)
+    width = 4 if chosen.dtype == "fp32" else 2
+    shapes = (p.type.shape for p in opened.program.params)
+    need = sum(width * prod(int(size) for size in shape) for shape in shapes)
+    with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
+        found = write_folder(
+            folder, opened.program, opened.read, opened.source, chosen, check=check
+        )
+        report = {
+            "source": {"id": opened.id, "hash": opened.fingerprint()},
+            "target": found.target(),
+            "notes": found.notes,
+            "versions": versions(),
+        }
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        (folder / MARKER).write_text(text, encoding="utf-8")
+    summary = _summary(str(path), found.nodes, found.bytes, found.largest)
+    return Exported(path, summary, found.target(), found.notes)
+
+
+def _summary(names: str, nodes: int, size: int, largest: float | None) -> str:
+    checked = f", within {largest:.1e} of the program's values" if largest is not None else ""
+    return f"wrote {names}: {nodes:,} nodes, {size / 1e6:,.1f} MB{checked}"

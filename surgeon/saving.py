@@ -249,11 +249,15 @@ class WrittenGraph:
         Raises:
             SurgeonError: `verify-failed`.
         """
-        from surgeon.emit import onnx_graph, pt2
+        from surgeon.emit import onnx_decoder, onnx_graph, pt2
 
-        given = pt2.samples(pruned.program)
-        check = pt2.check_pt2 if self.name == "pt2" else onnx_graph.check_onnx
-        largest = check(self.path, pruned.masked, given)
+        if self.name == "onnx" and onnx_decoder.is_cached(self.path):
+            vocab = pt2.rows(pruned.program, pruned.program.inputs[0].name)
+            largest = onnx_decoder.check_decoder(self.path, pruned.masked, vocab)
+        else:
+            given = pt2.samples(pruned.program)
+            check = pt2.check_pt2 if self.name == "pt2" else onnx_graph.check_onnx
+            largest = check(self.path, pruned.masked, given)
         found = pruned.verify()
         both = (*found.probes, v.Difference(self.path.name, largest))
         return replace(found, probes=both, largest=max(found.largest, largest))
@@ -278,12 +282,22 @@ def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) ->
         if verify:
             report = replace(report, verification=pruned.verify().to_json())
         # What is written is compared with this program once more, where it runs.
-        file = folder / f"model{target.suffix}"
-        target.write(pruned.program, pruned.tensor, file, check=verify)
+        if target.name == "onnx":
+            from surgeon.emit.onnx_folder import options_for, write_folder
+
+            options = options_for(pruned.program, source)
+            found = write_folder(
+                folder, pruned.program, pruned.tensor, source, options, check=verify
+            )
+            report = replace(report, target=found.target(), notes=(*report.notes, *found.notes))
+        else:
+            file = folder / f"model{target.suffix}"
+            target.write(pruned.program, pruned.tensor, file, check=verify)
+            if source is not None:
+                hf.carry(folder, source.tokenizer_files, source.tokenizer)
+            size = sum(f.stat().st_size for f in folder.glob("model*"))
+            found = {"name": target.name, "bytes": size, "dtype": "float32"}
+            report = replace(report, target=found)
         _write_plan(folder, pruned)
-        if source is not None:
-            hf.carry(folder, source.tokenizer_files, source.tokenizer)
-        size = sum(f.stat().st_size for f in folder.glob("model*"))
-        report = replace(report, target={"name": target.name, "bytes": size, "dtype": "float32"})
         (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     return report

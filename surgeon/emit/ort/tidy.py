@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from surgeon.emit.ort.graph import Edit, Graph
 from surgeon.emit.ort.match import kind, number
-from surgeon.ir import Op, Program, Ref, Size, Sym, TensorType
+from surgeon.ir import Arg, Op, Program, Ref, Size, Sym, TensorType
+from surgeon.ir.program import substitute_op
 
 _SHAPES = ("view", "reshape", "_unsafe_view", "expand", "to", "contiguous", "clone", "alias")
 _ROWWISE = frozenset(
@@ -17,8 +18,29 @@ _ROWWISE = frozenset(
 
 
 def tidy(graph: Graph) -> Graph:
-    """Returns the graph without identities, empty pieces of concatenations and merged rows."""
-    return _identities(_unmerged(_identities(graph)))
+    """Returns the graph without identities, repetitions, empty pieces and merged rows."""
+    return _once(_identities(_unmerged(_identities(graph))))
+
+
+def _once(graph: Graph) -> Graph:
+    """Computes the same thing once: layers look up the same tables each for itself."""
+    edit = Edit(graph)
+    known: dict[object, tuple[str, ...]] = {}
+
+    def now(arg: Arg) -> Arg:
+        return edit.same.get(arg.name, arg) if isinstance(arg, Ref) else arg
+
+    for op in graph.program.ops:
+        found = substitute_op(op, now)
+        # 1 and 1.0 and True are equal, and not the same argument.
+        key = (found.target, repr(found.args), repr(found.kwargs), found.types)
+        first = known.setdefault(key, op.outputs)
+        edit.same.update(
+            (name, Ref(other))
+            for name, other in zip(op.outputs, first, strict=True)
+            if name != other
+        )
+    return edit.done()
 
 
 def _identities(graph: Graph) -> Graph:
