@@ -1,17 +1,27 @@
-"""Text from a prompt: through Transformers' own `generate`, or token by token without a cache."""
+"""Text from a prompt: with a cache, through Transformers' own `generate`, or without a cache."""
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from surgeon.errors import Code, SurgeonError
+from surgeon.runtime.decoder import Decoder
 from surgeon.runtime.logits import is_transformers, logits_of, positions_of
+from surgeon.runtime.sampling import GREEDY, Sampler, Sampling, bad_option
+from surgeon.runtime.text import TextStream
+
+__all__ = ["GREEDY", "Generation", "Sampling", "generate", "stream"]
+
+OnText = Callable[[int, str], None]
+"""Takes the number of a prompt and a further piece of its text."""
+
+Steps = Iterator[list[int | None]]
+"""For each step the new token of every row, None where a row has ended."""
 
 
 @dataclass(frozen=True)
@@ -23,44 +33,10 @@ class Generation:
     tokens: tuple[int, ...]
     """The new tokens, an end-of-text token included if the model wrote one."""
     seconds: float
+    """For all prompts of the batch together."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. At temperature 0 the likeliest one is taken (greedy)."""
-
-    temperature: float = 0.0
-    """0 for greedy; above 0 the logits are divided by it before one is drawn."""
-    top_k: int | None = None
-    """Draw from this many of the likeliest tokens only."""
-    top_p: float | None = None
-    """Draw from the fewest likeliest tokens whose probabilities add up to this."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses settings that mean nothing."""
-        wrong = (
-            ("temperature", self.temperature, "0 or more")
-            if not (math.isfinite(self.temperature) and self.temperature >= 0)
-            else ("top_k", self.top_k, "1 or more")
-            if self.top_k is not None and self.top_k < 1
-            else ("top_p", self.top_p, "above 0 and at most 1")
-            if self.top_p is not None and not 0 < self.top_p <= 1
-            else None
-        )
-        if wrong is not None:
-            name, value, need = wrong
-            raise _bad_option(name, value, f"it has to be {need}")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            name = "top_k" if self.top_k is not None else "top_p"
-            raise _bad_option(
-                name, getattr(self, name), "at temperature 0 nothing is drawn, so it has no effect"
-            )
-
-
-GREEDY = Sampling()
-
-
+@overload
 def generate(
     model: Any,
     tokenizer: Any,
@@ -68,20 +44,111 @@ def generate(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
-) -> Generation:
-    """Returns what the model writes after the prompt.
+    on_text: OnText | None = None,
+) -> Generation: ...
+@overload
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: list[str] | tuple[str, ...],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+    on_text: OnText | None = None,
+) -> list[Generation]: ...
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | list[str] | tuple[str, ...],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+    on_text: OnText | None = None,
+) -> Generation | list[Generation]:
+    """Returns what the model writes after the prompt, or after each of several.
 
     Args:
-        model: a Transformers model, or anything else that `logits_of` takes: an `OrtSession`, a
-            graph module. The latter are run anew on the whole text for every token.
+        model: a `Decoder`, a Transformers model, or anything else that `logits_of` takes: an
+            `OrtSession`, a graph module. The last are run anew on the whole text for every token.
+        tokenizer: the model's own tokenizer.
+        prompt: the text to go on from; several are one batch.
+        max_new_tokens: an upper limit; an end-of-text token stops before it.
+        sampling: greedy without it.
+        on_text: called with each piece of text as soon as it is there.
+
+    Raises:
+        SurgeonError: an empty prompt, no tokenizer, a length that the model has no positions for.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    rows = _rows(model, tokenizer, prompts, max_new_tokens)
+    start = time.perf_counter()
+    texts = [TextStream(tokenizer, row) for row in rows]
+    new: list[list[int]] = [[] for _ in rows]
+
+    def take(step: list[int | None]) -> None:
+        for row, token in enumerate(step):
+            if token is not None:
+                new[row].append(token)
+                _give(on_text, row, texts[row].push(token))
+
+    if is_transformers(model):
+        _with_transformers(model, tokenizer, rows, max_new_tokens, sampling, take)
+    else:
+        for step in _steps(model, tokenizer, rows, max_new_tokens, sampling):
+            take(step)
+    for row, text in enumerate(texts):
+        _give(on_text, row, text.close())
+    seconds = time.perf_counter() - start
+    found = [
+        Generation(text.text, tuple(tokens), seconds)
+        for text, tokens in zip(texts, new, strict=True)
+    ]
+    return found[0] if isinstance(prompt, str) else found
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+) -> Iterator[str]:
+    """Yields what the model writes after the prompt, piece by piece as it is written.
+
+    Args:
+        model: as for `generate`, but for a Transformers model, whose own loop can't be paused;
+            `generate` calls `on_text` for these.
         tokenizer: the model's own tokenizer.
         prompt: the text to go on from.
         max_new_tokens: an upper limit; an end-of-text token stops before it.
         sampling: greedy without it.
 
     Raises:
-        SurgeonError: an empty prompt, no tokenizer, a length that the model has no positions for.
+        SurgeonError: as `generate`, when the first piece is asked for.
     """
+    if is_transformers(model):
+        model = logits_of(model)
+    rows = _rows(model, tokenizer, [prompt], max_new_tokens)
+    text = TextStream(tokenizer, rows[0])
+    for (token,) in _steps(model, tokenizer, rows, max_new_tokens, sampling):
+        piece = "" if token is None else text.push(token)
+        if piece:
+            yield piece
+    rest = text.close()
+    if rest:
+        yield rest
+
+
+def _give(on_text: OnText | None, row: int, piece: str) -> None:
+    if on_text is not None and piece:
+        on_text(row, piece)
+
+
+def _rows(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """Returns the token ids of every prompt, after checking that the model can go on from them."""
     if tokenizer is None:
         raise SurgeonError(
             Code.MISSING_FILE,
@@ -91,43 +158,141 @@ def generate(
             try_="put the tokenizer's files beside the model, or name a folder that has them",
         )
     if max_new_tokens < 1:
-        raise _bad_option("max_new_tokens", max_new_tokens, "it has to be 1 or more")
-    ids: list[int] = list(tokenizer(prompt)["input_ids"]) if prompt.strip() else []
-    if not ids:
+        raise bad_option("max_new_tokens", max_new_tokens, "it has to be 1 or more")
+    rows = [list(tokenizer(text)["input_ids"]) if text.strip() else [] for text in prompts]
+    if not rows or not all(rows):
         raise SurgeonError(
             Code.BAD_TEXT_INPUT,
-            "the prompt is empty",
-            at=f"prompt {prompt!r}",
+            "the prompt is empty" if rows else "there is no prompt",
+            at=f"prompt {prompts[rows.index([])]!r}" if rows else "an empty batch",
             why="a model goes on from at least one token",
             try_='give some words, such as "The capital of France is"',
         )
     positions = positions_of(model)
-    if positions is not None and len(ids) + max_new_tokens > positions:
+    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
+    if positions is not None and len(rows[longest]) + max_new_tokens > positions:
         raise SurgeonError(
             Code.BAD_TEXT_INPUT,
-            f"{len(ids)} tokens of prompt and {max_new_tokens} new ones are too many",
-            at=f"prompt {prompt[:40]!r}",
+            f"{len(rows[longest])} tokens of prompt and {max_new_tokens} new ones are too many",
+            at=f"prompt {prompts[longest][:40]!r}",
             why=f"the model was made for {positions} positions",
             try_="a shorter prompt, or fewer new tokens",
-            data={"positions": positions, "prompt": len(ids)},
+            data={"positions": positions, "prompt": len(rows[longest])},
         )
-    start = time.perf_counter()
-    if is_transformers(model):
-        new = _with_transformers(model, tokenizer, ids, max_new_tokens, sampling)
-    else:
-        new = _by_recomputation(model, tokenizer, ids, max_new_tokens, sampling)
-    seconds = time.perf_counter() - start
-    return Generation(tokenizer.decode(new, skip_special_tokens=True), tuple(new), seconds)
+    return rows
+
+
+def _stops(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the tokens that end a text: what lies beside the model goes before its tokenizer."""
+    own = getattr(model, "stop_tokens", ())
+    found = own or getattr(tokenizer, "eos_token_id", None)
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def _steps(
+    model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int, sampling: Sampling
+) -> Steps:
+    stops = _stops(model, tokenizer)
+    if isinstance(model, Decoder):
+        return _with_cache(model, stops, rows, max_new_tokens, sampling)
+    return _by_recomputation(model, stops, rows, max_new_tokens, sampling)
+
+
+def _with_cache(
+    model: Decoder,
+    stops: tuple[int, ...],
+    rows: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Steps:
+    sampler = Sampler(sampling, len(rows))
+    # The last token is written and not read.
+    cache = model.cache(len(rows), max(map(len, rows)) + max_new_tokens - 1)
+    try:
+        logits = model.prefill(cache, rows)
+        alive = [True] * len(rows)
+        # A row that has ended repeats its last token, unread, until all have.
+        last = np.zeros((len(rows), 1), np.int64)
+        for count in range(max_new_tokens):
+            step: list[int | None] = [None] * len(rows)
+            for row in np.flatnonzero(alive):
+                token = sampler(logits[row], int(row))
+                step[row], last[row, 0] = token, token
+                alive[row] = token not in stops
+            yield step
+            if not any(alive) or count + 1 == max_new_tokens:
+                return
+            logits = model.extend(cache, last)
+    finally:
+        cache.close()
+
+
+def _by_recomputation(
+    model: Any,
+    stops: tuple[int, ...],
+    rows: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Steps:
+    run = logits_of(model)
+    sampler = Sampler(sampling, len(rows))
+    texts = [list(row) for row in rows]
+    alive = [True] * len(rows)
+    for _ in range(max_new_tokens):
+        step: list[int | None] = [None] * len(rows)
+        for row in np.flatnonzero(alive):
+            # One by one: a function of token ids alone knows no padding.
+            logits = run(np.asarray([texts[row]], dtype=np.int64))[0, -1]
+            last = logits.float().cpu() if hasattr(logits, "cpu") else logits
+            token = sampler(np.asarray(last, np.float64), int(row))
+            texts[row].append(token)
+            step[row] = token
+            alive[row] = token not in stops
+        yield step
+        if not any(alive):
+            return
+
+
+class _Streamer:
+    """What Transformers calls with the new tokens of a batch; the prompts come first."""
+
+    def __init__(
+        self, stops: tuple[int, ...], rows: int, take: Callable[[list[int | None]], None]
+    ) -> None:
+        self._stops, self._take = stops, take
+        self._alive = [True] * rows
+        self._prompts = True
+
+    def put(self, value: Any) -> None:
+        """Passes the tokens of rows that haven't ended."""
+        if self._prompts:
+            self._prompts = False
+            return
+        step: list[int | None] = [None] * len(self._alive)
+        for row, token in enumerate(value.reshape(-1).tolist()):
+            if self._alive[row]:
+                step[row] = token
+                self._alive[row] = token not in self._stops
+        self._take(step)
+
+    def end(self) -> None:
+        """Does nothing more: the caller knows."""
 
 
 def _with_transformers(
-    model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, sampling: Sampling
-) -> list[int]:
+    model: Any,
+    tokenizer: Any,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    take: Callable[[list[int | None]], None],
+) -> None:
     import torch
     from transformers import GenerationConfig
 
     own = model.generation_config
     stop = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    stops = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
     pad = own.pad_token_id if own.pad_token_id is not None else tokenizer.pad_token_id
     drawn: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
@@ -138,58 +303,25 @@ def _with_transformers(
             "top_k": sampling.top_k or 0,
             "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
         }
-    first_stop = stop[0] if isinstance(stop, list) else stop
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=stop,
-        pad_token_id=first_stop if pad is None else pad,
+        pad_token_id=(stops or (0,))[0] if pad is None else pad,
         bos_token_id=own.bos_token_id,
         **drawn,
     )
-    batch = torch.tensor([ids], device=model.device)
+    longest = max(map(len, rows))
+    batch = torch.zeros((len(rows), longest), dtype=torch.int64)
+    mask = torch.zeros_like(batch)
+    for row, tokens in enumerate(rows):
+        batch[row, longest - len(tokens) :] = torch.tensor(tokens)
+        mask[row, longest - len(tokens) :] = 1
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.inference_mode():
         torch.manual_seed(sampling.seed)
-        out = model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=config)
-    return out[0, len(ids) :].tolist()
-
-
-def _by_recomputation(
-    model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, sampling: Sampling
-) -> list[int]:
-    run = logits_of(model)
-    draw = np.random.default_rng(sampling.seed)
-    new: list[int] = []
-    for _ in range(max_new_tokens):
-        logits = run(np.asarray([ids + new], dtype=np.int64))[0, -1]
-        last = np.asarray(logits.float().cpu() if hasattr(logits, "cpu") else logits, np.float64)
-        new.append(_next(last, sampling, draw))
-        if new[-1] == tokenizer.eos_token_id:
-            break
-    return new
-
-
-def _next(logits: NDArray[np.float64], sampling: Sampling, draw: np.random.Generator) -> int:
-    """Draws one token from logits [vocab]."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")[: sampling.top_k]
-    scaled = logits[order] / sampling.temperature
-    weights = np.exp(scaled - scaled[0])
-    weights /= weights.sum()
-    if sampling.top_p is not None:
-        # The token that crosses the line belongs to the set, so at least one always stays.
-        kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-        order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
-    return int(draw.choice(order, p=weights))
-
-
-def _bad_option(name: str, value: Any, why: str) -> SurgeonError:
-    return SurgeonError(
-        Code.BAD_OPTION,
-        f"{name} can't be {value}",
-        at=f"option {name}",
-        why=why,
-        try_="leave it out for greedy text of 64 tokens",
-        data={"option": name},
-    )
+        model.generate(
+            batch.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            streamer=_Streamer(stops, len(rows), take),
+        )

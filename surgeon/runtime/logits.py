@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon.errors import Code, SurgeonError
+from surgeon.runtime.decoder import Decoder
 from surgeon.runtime.session import INPUTS, OrtSession
 
 Logits = Callable[[NDArray[np.int64]], Any]
@@ -19,14 +20,14 @@ def logits_of(model: Any) -> Logits:
     """Returns the model as a function of token ids alone: no padding, no cache, no gradients.
 
     Args:
-        model: an `OrtSession`, a Transformers model, a graph module whose inputs are `input_ids`,
-            `attention_mask` and `position_ids`, an exported program of these, or any callable that
-            is such a function already.
+        model: an `OrtSession`, a `Decoder`, a Transformers model, a graph module whose inputs are
+            `input_ids`, `attention_mask` and `position_ids`, an exported program of these, or any
+            callable that is such a function already.
 
     Raises:
         SurgeonError: it is none of these.
     """
-    if isinstance(model, OrtSession):
+    if isinstance(model, OrtSession | Decoder):
         return model.run
     if is_transformers(model):
         return _from_transformers(model)
@@ -52,6 +53,8 @@ def is_transformers(model: Any) -> bool:
 
 def positions_of(model: Any) -> int | None:
     """Returns how many positions the model says it was made for, or None if it doesn't say."""
+    if isinstance(model, OrtSession | Decoder):
+        return model.positions
     size = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return size if isinstance(size, int) else None
 

@@ -1,11 +1,7 @@
-"""An ONNX file as a function from token ids to logits, in ONNX Runtime."""
+"""An ONNX graph without a cache as a function from token ids to logits, in ONNX Runtime."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgeon.errors import Code, SurgeonError, near
+from surgeon.errors import Code, SurgeonError
+from surgeon.runtime.device import CPU, CUDA
+from surgeon.runtime.graph_file import OpenGraph, failed, open_graph, ort_errors
+from surgeon.runtime.signature import stop_tokens
+
+__all__ = ["CPU", "CUDA", "INPUTS", "OrtSession"]
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """The inputs that a graph may have, by name. The last two are optional."""
-
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
@@ -32,59 +30,59 @@ class OrtSession:
     """An open ONNX graph, called with the inputs that the graph itself names.
 
     Args:
-        path: the ONNX file.
-        providers: the execution providers to use, in this order of preference, each of which must
-            load. Without it, CUDA where the machine has a device for it, else the CPU.
+        source: an ONNX file, a folder with one, or a graph that is open already. What else is
+            given says how to open the former.
+        device: `auto`, `cuda` or `cpu`.
+        providers: execution providers in order of preference in place of a device, each of which
+            must load.
         threads: threads inside an operation; ONNX Runtime's own choice without it.
 
     Raises:
         SurgeonError: the file is missing or is no model, the graph's inputs are not those of a
-            language model, or a provider that was asked for is missing.
+            language model, or a device or provider that was asked for doesn't work here.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        source: str | Path | OpenGraph,
         *,
+        device: str = "auto",
         providers: Sequence[str] | None = None,
         threads: int | None = None,
     ) -> None:
-        import onnxruntime as ort
-
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise SurgeonError(
-                Code.MISSING_FILE,
-                f"there is no ONNX file '{self.path}'",
-                at=str(self.path),
-                why="it is a folder" if self.path.is_dir() else "no such file",
-                try_="give the path of the .onnx file",
-            )
-        asked = tuple(providers) if providers is not None else _default_providers(ort)
-        _check_known(asked, ort.get_available_providers(), self.path)
-        settings: Any = ort.SessionOptions()
-        settings.log_severity_level = 3
-        if threads is not None:
-            settings.intra_op_num_threads = threads
-        if CUDA in asked:
-            # The libraries of the `cuda` extra lie inside the environment, where no loader looks.
-            ort.preload_dlls()
-        try:
-            self._session: Any = ort.InferenceSession(self.path, settings, providers=list(asked))
-        except _ort_errors() as error:
-            raise SurgeonError(
-                Code.NOT_A_MODEL,
-                f"ONNX Runtime can't open '{self.path.name}'",
-                at=str(self.path),
-                why=_one_line(error),
-                try_="export the model again, or check the file with onnx.checker.check_model",
-            ) from error
-        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        self._check_loaded(asked, explicit=providers is not None)
-        self._types: dict[str, str] = {i.name: i.type for i in self._session.get_inputs()}
+        self.graph = (
+            source
+            if isinstance(source, OpenGraph)
+            else open_graph(source, device=device, providers=providers, threads=threads)
+        )
+        self.path: Path = self.graph.path
+        self.stop_tokens: tuple[int, ...] = stop_tokens(self.path.parent)
+        """Tokens that end a text, as the files beside the graph say; empty if they don't."""
+        self._types = self.graph.types
         self._check_inputs()
-        names = [output.name for output in self._session.get_outputs()]
+        names = [output.name for output in self.graph.session.get_outputs()]
         self._output = "logits" if "logits" in names else names[0]
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that came up."""
+        return self.graph.providers
+
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`."""
+        return self.graph.device
+
+    @property
+    def note(self) -> str:
+        """Why it runs on this device."""
+        return self.graph.note
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model has positions for, if the graph says."""
+        found = self.graph.metadata.get("surgeon.positions")
+        return int(found) if found else None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -118,15 +116,9 @@ class OrtSession:
             for name, type_ in self._types.items()
         }
         try:
-            return self._session.run([self._output], feed)[0]
-        except _ort_errors() as error:
-            raise SurgeonError(
-                Code.RUNTIME_FAILED,
-                f"ONNX Runtime failed in '{self.path.name}'",
-                at=f"{self.path}, input_ids {list(ids.shape)}, on {self.providers[0]}",
-                why=_one_line(error),
-                try_="a shorter sequence, or another execution provider",
-            ) from error
+            return self.graph.session.run([self._output], feed)[0]
+        except ort_errors() as error:
+            raise failed(self.graph, ids.shape, error) from error
 
     def _check_inputs(self) -> None:
         unknown = [
@@ -140,7 +132,8 @@ class OrtSession:
                 f"'{self.path.name}' has not the inputs of a language model without a cache",
                 at=str(self.path),
                 why="unknown: " + ", ".join(unknown) if unknown else "it has no input 'input_ids'",
-                try_="export with 'surgeon export'; its inputs are " + ", ".join(INPUTS),
+                try_="export with 'surgeon export --to onnx'; without a cache the inputs are "
+                + ", ".join(INPUTS),
                 data={"inputs": dict(self._types)},
             )
 
@@ -168,79 +161,7 @@ class OrtSession:
                     try_="run one sequence at a time, without padding",
                 )
 
-    def _check_loaded(self, asked: Sequence[str], *, explicit: bool) -> None:
-        absent = [name for name in asked if name not in self.providers]
-        if not absent:
-            return
-        if not explicit:
-            warnings.warn(
-                f"this machine has a CUDA device, but {absent[0]} did not load; using {CPU}. "
-                "The extra 'model-surgeon[cuda]' brings the libraries that it needs.",
-                stacklevel=3,
-            )
-            return
-        raise SurgeonError(
-            Code.RUNTIME_FAILED,
-            f"the execution provider {absent[0]} did not load",
-            at=str(self.path),
-            why="ONNX Runtime has it, but not the device or the libraries that it needs; "
-            f"only {', '.join(self.providers)} came up",
-            try_=f"pip install 'model-surgeon[cuda]' on a machine with the device, or {CPU}",
-            data={"asked": list(asked), "loaded": list(self.providers)},
-        )
-
-
-def _check_known(asked: Sequence[str], known: Sequence[str], path: Path) -> None:
-    unknown = [name for name in asked if name not in known]
-    if unknown or not asked:
-        raise SurgeonError(
-            Code.RUNTIME_FAILED,
-            f"there is no execution provider '{unknown[0]}'"
-            if unknown
-            else "no execution provider was named",
-            at=str(path),
-            why=f"the ONNX Runtime installed here has {', '.join(known)}",
-            try_=near(unknown[0], known) if unknown else CPU,
-            data={"asked": list(asked), "known": list(known)},
-        )
-
-
-def _default_providers(ort: Any) -> tuple[str, ...]:
-    # The GPU build lists CUDA on every machine, and asking for it without a device prints an error.
-    if CUDA in ort.get_available_providers() and _has_cuda_device():
-        return (CUDA, CPU)
-    return (CPU,)
-
-
-def _has_cuda_device() -> bool:
-    """Asks the driver itself, so that neither torch nor a CUDA toolkit is needed to know."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return (
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        and count.value > 0
-    )
-
 
 def _positions(mask: NDArray[Any]) -> NDArray[np.int64]:
     """Counts the tokens of a mask [batch, sequence]; padding on the left gets position 0."""
     return np.maximum(np.cumsum(mask.astype(np.int64), axis=-1) - 1, 0)
-
-
-def _ort_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of ONNX Runtime, which share no base class of their own."""
-    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    own = [
-        kind
-        for kind in vars(state).values()
-        if isinstance(kind, type) and issubclass(kind, Exception)
-    ]
-    return (*own, RuntimeError, ValueError)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from surgeon.errors import Code, SurgeonError
 from surgeon.report.evaluate import perplexity
-from surgeon.runtime import session as module
+from surgeon.runtime import device
 from surgeon.runtime.generate import generate
 from surgeon.runtime.session import CPU, CUDA, INPUTS, OrtSession
 
@@ -127,7 +127,7 @@ def test_a_failure_inside_the_runtime_is_told(file):
 
 def test_files_that_are_no_model_are_refused(tmp_path):
     refused(Code.MISSING_FILE, OrtSession, tmp_path / "none.onnx")
-    refused(Code.MISSING_FILE, OrtSession, tmp_path)
+    assert "empty" in refused(Code.MISSING_FILE, OrtSession, tmp_path).why
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"no protobuf")
     refused(Code.NOT_A_MODEL, OrtSession, bad)
@@ -160,21 +160,30 @@ def test_unknown_providers_are_refused_by_name(file):
     refused(Code.RUNTIME_FAILED, OrtSession, file, providers=[])
 
 
-no_cuda = pytest.mark.skipif(module._has_cuda_device(), reason="there is a CUDA device here")
+@pytest.fixture
+def cuda_that_does_not_load(monkeypatch):
+    """A machine where nothing seems to be missing, and CUDA does not come up all the same."""
+    if not device.missing_for_cuda():
+        pytest.skip("CUDA works here")
+    monkeypatch.setattr(device, "missing_for_cuda", lambda: ())
 
 
-@no_cuda
-def test_a_provider_asked_for_is_never_replaced_silently(file):
-    error = refused(Code.RUNTIME_FAILED, OrtSession, file, providers=[CUDA, CPU])
-    assert CUDA in error.what
+def test_a_provider_asked_for_is_never_replaced_silently(file, cuda_that_does_not_load):
+    for asked in ({"providers": [CUDA, CPU]}, {"device": "cuda"}):
+        error = refused(Code.RUNTIME_FAILED, OrtSession, file, **asked)
+        assert CUDA in error.what and error.data["loaded"] == [CPU]
 
 
-@no_cuda
-def test_the_default_says_so_when_cuda_does_not_load(file, monkeypatch):
-    assert OrtSession(file).providers == (CPU,)
-    monkeypatch.setattr(module, "_default_providers", lambda ort: (CUDA, CPU))
-    with pytest.warns(UserWarning, match=r"CUDAExecutionProvider did not load.*\[cuda\]"):
-        assert OrtSession(file).providers == (CPU,)
+def test_the_default_says_so_when_cuda_does_not_load(file, cuda_that_does_not_load):
+    with pytest.warns(UserWarning, match=r"CUDAExecutionProvider did not load; using CPU"):
+        session = OrtSession(file)
+    assert (session.providers, session.device) == ((CPU,), "cpu")
+    assert session.note == "CUDAExecutionProvider did not load"
+
+
+def test_providers_and_a_device_contradict_each_other(file):
+    refused(Code.BAD_OPTION, OrtSession, file, providers=[CPU], device="cpu")
+    refused(Code.BAD_OPTION, OrtSession, file, threads=0)
 
 
 def test_a_session_is_measured_and_generates_like_any_model(file, tiny_tokenizer):
