@@ -114,13 +114,21 @@ class Steps:
             self._known["queries"] = b.node("Add", [new, before])
         return self._known["queries"]
 
+    def _counts(self) -> tuple[ir.Value, ir.Value]:
+        """Returns [B, T] and [B, S]: tokens up to and with every place, and every new token's."""
+        if "counts" not in self._known:
+            b = self.b
+            counts = b.node("CumSum", [self.mask, b.const(1, "i64")])
+            self._known["counts"] = counts
+            new = b.node("GatherElements", [counts, self.query_places()], {"axis": 1})
+            self._known["new counts"] = new
+        return self._known["counts"], self._known["new counts"]
+
     def positions(self) -> ir.Value:
         """Returns [B, S]: the position of every new token, padding not counted."""
         if "positions" not in self._known:
             b = self.b
-            count = b.node("CumSum", [self.mask, b.const(1, "i64")])
-            found = b.node("GatherElements", [count, self.query_places()], {"axis": 1})
-            less = b.node("Sub", [found, b.ints(1)])
+            less = b.node("Sub", [self._counts()[1], b.ints(1)])
             # Padding before the first token would get -1.
             self._known["positions"] = b.node("Max", [less, b.ints(0)])
         return self._known["positions"]
@@ -138,8 +146,12 @@ class Steps:
             queries = b.node("Unsqueeze", [self.query_places(), b.ints(1, 3)])
             seen = b.node("LessOrEqual", [keys, queries], dtype="bool")
             if window is not None:
-                first = b.node("Sub", [queries, b.ints(window)])
-                seen = b.node("And", [seen, b.node("Greater", [keys, first], dtype="bool")])
+                # Windows are counted in tokens: there may be padding between them.
+                counts, new = self._counts()
+                first = b.node("Unsqueeze", [b.node("Sub", [new, b.ints(window)]), b.ints(1, 3)])
+                near = b.node("Greater", [b.node("Unsqueeze", [counts, b.ints(1, 2)]), first],
+                              dtype="bool")  # fmt: skip
+                seen = b.node("And", [seen, near])
             real = b.node("Unsqueeze", [b.cast(self.mask, "bool"), b.ints(1, 2)])
             seen = b.node("And", [seen, real])
             itself = b.node("Equal", [keys, queries], dtype="bool")
