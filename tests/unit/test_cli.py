@@ -21,9 +21,14 @@ COMMANDS = {
     "ir": "--trust-remote-code",
     "verify": "--source --json --trust-remote-code",
     "export": "--to --output --overwrite --trust-remote-code",
-    "eval": "--text --tokenizer --window --windows --json --trust-remote-code",
+    "eval": "--text --tokenizer --window --windows --device --json --trust-remote-code",
     "generate": (
-        "--tokenizer --max-new-tokens --temperature --top-k --top-p --seed --trust-remote-code"
+        "--tokenizer --max-new-tokens --temperature --top-k --top-p --seed --device "
+        "--trust-remote-code"
+    ),
+    "bench": (
+        "--prompt-tokens --new-tokens --batch --threads --repeat --device --json "
+        "--trust-remote-code"
     ),
     "passes": "",
     "demo": "--output --ratio --windows",
