@@ -207,8 +207,9 @@ def _stepwise(b: Builder, op: Op, new: str) -> None:
             isinstance(s, str) and new in _words(s) for t in op.types for s in t.shape
         )
         dim = op.arg(1)
-        ordered = kind(op) in ("softmax", "cumsum", "flip", "roll", "logcumsumexp", "sort")
-        mixes = ordered and isinstance(dim, int) and dim % len(shape) in along
+        mixes = False
+        if kind(op) in ("softmax", "_softmax") and isinstance(dim, int):
+            mixes = dim % len(shape) in along
         if gone or mixes:
             raise b.refused("it mixes tokens, of which a step sees the new ones only")
 
