@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.settle import analyse
-from surgeon.errors import no_weights
+from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.ir.program import Program
 
 if TYPE_CHECKING:
@@ -39,9 +39,19 @@ class Model:
         """Returns a parameter or buffer as fp32 (integers as they are), in full size.
 
         Raises:
-            SurgeonError: `missing-file` where only the configuration is known.
+            SurgeonError: `missing-file` where only the configuration is known, `capture-failed`
+                for a literal whose values the trace lost.
         """
         found = self.fixed.get(name)
+        if found is not None and found.is_meta:
+            raise SurgeonError(
+                Code.CAPTURE_FAILED,
+                f"the values of {name} are not known",
+                at=name,
+                why="the model makes this tensor from a list of numbers while it runs, on the "
+                "device of another tensor; in a trace that device holds no values",
+                try_="make it a buffer in the model's code (register_buffer, persistent=False)",
+            )
         if found is None:
             if self.tensors is None:
                 raise no_weights(self.id)

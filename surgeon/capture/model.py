@@ -117,20 +117,18 @@ def _static_rope(model: nn.Module) -> Generator[list[str], None, None]:
     what the wrapper wraps is the branch for inputs within the trained length.
     """
     guards: list[str] = []
-    undone: list[nn.Module] = []
+    classes: dict[nn.Module, type[nn.Module]] = {}
     for path, module in model.named_modules():
-        forward = type(module).forward
         kinds = getattr(module, "rope_type", None)
-        if not hasattr(forward, "__wrapped__") or kinds is None:
+        static = _without_wrappers(type(module)) if kinds is not None else None
+        if static is None:
             continue
         names = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
-        dynamic = sorted(n for n in names if n == "longrope" or "dynamic" in str(n))
+        dynamic = sorted(str(n) for n in names if n == "longrope" or "dynamic" in str(n))
         if not dynamic:
             continue
-        # no_grad wraps the branching decorator, so every layer comes off; a trace has no gradients.
-        inner: Any = inspect.unwrap(forward)
-        module.__dict__["forward"] = inner.__get__(module)
-        undone.append(module)
+        classes[module] = type(module)
+        module.__class__ = static
         guards.append(
             f"{path}: rope type {', '.join(dynamic)} is traced for positions below "
             f"{_trained_length(module)}"
@@ -138,8 +136,28 @@ def _static_rope(model: nn.Module) -> Generator[list[str], None, None]:
     try:
         yield guards
     finally:
-        for module in undone:
-            module.__dict__.pop("forward")
+        for module, own in classes.items():
+            module.__class__ = own
+
+
+def _without_wrappers(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """Returns the class with the first `forward` of its line that is wrapped taken out of it.
+
+    The wrapper may lie behind a `super().forward` of the class's own, so what it wraps is put
+    into the line before the class that has it. None where no `forward` is wrapped.
+    """
+    for base in cls.__mro__:
+        forward: Any = vars(base).get("forward")
+        if not hasattr(forward, "__wrapped__"):
+            continue
+        # no_grad wraps the branching decorator, so every layer comes off; a trace has no gradients.
+        inner: Any = inspect.unwrap(forward)
+        own = {"__module__": base.__module__, "forward": inner}
+        plain: Any = type(base.__name__, (base,), own)
+        if base is cls:
+            return plain
+        return type(cls.__name__, (cls, plain), {"__module__": cls.__module__})
+    return None
 
 
 def _failure(where: str, error: Exception) -> SurgeonError:

@@ -203,13 +203,14 @@ class SurgeonPrunedRotaryEmbedding(llama.LlamaRotaryEmbedding):
 
     def __init__(self, config: SurgeonPrunedConfig):
         super().__init__(config.rotary_config())
-        self.columns, pairs = None, config.rotary_pairs
+        columns, pairs = None, config.rotary_pairs
         if pairs is not None and self.rope_type in ("dynamic", "longrope"):
             # Transformers recomputes these frequencies as the sequence grows, for all pairs.
-            self.columns = [*pairs, *(pair + config.rotary_dim // 2 for pair in pairs)]
+            columns = torch.tensor([*pairs, *(pair + config.rotary_dim // 2 for pair in pairs)])
         elif pairs is not None:
             self.inv_freq = self.inv_freq[pairs]
             self.original_inv_freq = self.original_inv_freq[pairs]
+        self.register_buffer("columns", columns, persistent=False)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
         cos, sin = super().forward(x, position_ids)
@@ -321,6 +322,8 @@ class SurgeonPrunedPreTrainedModel(PreTrainedModel):
             fresh = SurgeonPrunedRotaryEmbedding(self.config)
             init.copy_(module.inv_freq, fresh.inv_freq)
             init.copy_(module.original_inv_freq, fresh.original_inv_freq)
+            if module.columns is not None:
+                init.copy_(module.columns, fresh.columns)
         else:
             super()._init_weights(module)
 

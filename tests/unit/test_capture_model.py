@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from surgeon.capture import model as capture
 from surgeon.capture.model import capture_model, on_meta
@@ -256,6 +257,34 @@ def test_a_rope_that_depends_on_the_data_is_traced_with_a_guard(rope):
     limit = rope.get("original_max_position_embeddings", 64)
     assert guard.endswith(f"below {limit}")
     assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 101)
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONG], ids=["dynamic", "longrope"])
+def test_a_rope_behind_a_forward_of_its_own_is_traced_alike(rope: dict[str, Any]):
+    """As in a class that a checkpoint brings, which calls Transformers' own by `super()`."""
+    from tests import models
+
+    model = models.build("Llama", num_hidden_layers=1, rope_parameters=rope)
+    plain = capture_model(model).program
+    changed = capture_model(Behind(model.config)).program
+    assert changed.guards == plain.guards and len(plain.guards) == 1
+    assert [op.target for op in changed.ops] == [op.target for op in plain.ops]
+    inside = Behind(model.config)
+    own = type(inside.model.rotary_emb)
+    capture_model(inside)
+    assert type(inside.model.rotary_emb) is own is OwnRotary
+
+
+class OwnRotary(LlamaRotaryEmbedding):
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        cos, sin = super().forward(x, position_ids)
+        return cos, sin
+
+
+class Behind(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.rotary_emb = OwnRotary(config)
 
 
 def test_a_plain_rope_needs_no_guard(llama: Program):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import surgeon
@@ -258,6 +259,18 @@ def test_nothing_to_do_is_no_error() -> None:
 def test_refusals_from_python(options: dict[str, Any], code: Code) -> None:
     with refusal(code):
         surgeon.prune(models.tiny("Llama"), **options)
+
+
+class Listed(transformers.LlamaForCausalLM):
+    def forward(self, **inputs: Any) -> Any:
+        out = super().forward(**inputs)
+        out.logits = out.logits[..., [*range(50), *range(51, 101), 50]]
+        return out
+
+
+def test_a_literal_whose_values_are_lost_is_refused() -> None:
+    with refusal(Code.CAPTURE_FAILED, "are not known"):
+        surgeon.prune(Listed(models.config("Llama")).eval(), roles={"ffn": 0.25})
 
 
 def test_a_config_alone_has_no_model(tmp_path: Path) -> None:

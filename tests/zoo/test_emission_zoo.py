@@ -293,6 +293,15 @@ def again(first: Pruned, folder: Path, roles: Mapping[str, float]) -> Pruned:
     return make(open_model(folder), roles)
 
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [4.0, 5.0, 6.0, 7.0],
+}
+
 STEPS: dict[str, tuple[str, dict[str, Any], list[dict[str, float]]]] = {
     "pairs and width twice": (
         "Llama",
@@ -308,6 +317,16 @@ STEPS: dict[str, tuple[str, dict[str, Any], list[dict[str, float]]]] = {
         "Llama",
         {"attention_bias": True, "mlp_bias": True},
         [{"kv_heads": 0.67, "v": 0.25}, {"q_per_kv": 0.5, "hidden": 0.25}],
+    ),
+    "rotary tables that grow": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        [{"v": 0.25}, {"rotary": 0.25, "hidden": 0.25}, {"ffn": 0.3, "kv_heads": 0.34}],
+    ),
+    "rotary tables of two lengths": (
+        "Llama",
+        {"rope_parameters": LONG_ROPE},
+        [{"v": 0.25}, {"rotary": 0.25, "hidden": 0.25}, {"ffn": 0.3, "kv_heads": 0.34}],
     ),
     "one pair left": (
         "Qwen3",
@@ -355,8 +374,16 @@ def test_a_packaged_checkpoint_can_be_pruned_again(steps: str, tmp_path: Path):
     # The frequencies are those of the pairs as the first model numbered them.
     first: Any = widths[0].origin.source
     whole = computed_buffers(first.model_class, first.config)["model.rotary_emb.inv_freq"]
-    wanted = whole if config.rotary_pairs is None else whole[config.rotary_pairs]
-    assert torch.equal(model.model.rotary_emb.inv_freq, wanted)
+    rotary = model.model.rotary_emb
+    if rotary.columns is not None:  # the tables are made for every pair, and some are used
+        assert rotary.columns.tolist() == [
+            *config.rotary_pairs,
+            *(p + 4 for p in config.rotary_pairs),
+        ]
+        assert torch.equal(rotary.inv_freq, whole)
+    else:
+        wanted = whole if config.rotary_pairs is None else whole[config.rotary_pairs]
+        assert torch.equal(rotary.inv_freq, wanted)
 
 
 def test_layers_that_lost_a_branch_can_be_pruned_again(tmp_path: Path):
