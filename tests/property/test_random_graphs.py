@@ -19,7 +19,8 @@ from surgeon.axes.plan import Cut, Plan, cut
 from surgeon.capture.model import capture_module
 from surgeon.ir import parse, to_text
 from tests.exactness import Subject, difference, prunable, random_cut, some
-from tests.property.graphs import Graph, Module, example, graphs
+from tests.property.graphs import graphs
+from tests.property.modules import Graph, Module, example
 
 TOLERANCE = 1e-9
 CASES: Counter[str] = Counter()
