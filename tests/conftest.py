@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ from tests import models
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def captures() -> Iterator[None]:
+    """A model that was traced before in this process is not traced again."""
+    from tests import remembered
+
+    with remembered.captures():
+        yield
 
 
 @pytest.fixture(scope="session")

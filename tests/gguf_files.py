@@ -8,6 +8,9 @@ from typing import Any
 import gguf
 import torch
 
+from surgeon.capture.gguf_file import GGUFHeader, GGUFWeights
+from surgeon.capture.model import all_params
+
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -68,3 +71,8 @@ def write_llama(path: Path, model: Any, *, leave_out: str = "") -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gguf_weights(path: Path, model: Any) -> GGUFWeights:
+    ties = {alias: p.name for p in all_params(model).values() for alias in p.aliases}
+    return GGUFWeights(GGUFHeader(path), model, ties)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -250,29 +251,41 @@ def test_shards_are_read(llama: Path, tmp_path: Path) -> None:
 # --- again ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def again(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each of the results pruned once more, and that twice."""
+    folder = tmp_path_factory.mktemp("again")
+    for first in CUTS:
+        share = ["--role", "ffn=0.1", "--role", "q_per_kv=0.5"]
+        if first in ("kv", "all"):  # one query head to a group is left
+            share = ["--role", "ffn=0.1"]
+        once = folder / f"{first} once"
+        ran(surgeon("prune", results / first, "-o", once, *share))
+        ran(surgeon("prune", once, "-o", folder / f"{first} twice", "--ratio", "0.1"))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", CUTS)
-def test_a_result_is_pruned_again(results: Path, tmp_path: Path, first: str) -> None:
+def test_a_result_is_pruned_again(results: Path, again: Path, first: str) -> None:
     """Per-layer checkpoints too, without leave to run their code, and twice."""
-    before = report_of(results / first)["parameters"]
-    once = tmp_path / "o" / "once"
-    share = ["--role", "ffn=0.1", "--role", "q_per_kv=0.5"]
-    if first in ("kv", "all"):  # one query head to a group is left
-        share = ["--role", "ffn=0.1"]
-    ran(surgeon("prune", results / first, "-o", once, *share))
-    report = report_of(once)
-    assert report["parameters"]["total"]["before"] == before["total"]["after"]
-    twice = tmp_path / "o" / "twice"
-    ran(surgeon("prune", once, "-o", twice, "--ratio", "0.1"))
-    assert (
-        report_of(twice)["parameters"]["total"]["before"]
-        == (report["parameters"]["total"]["after"])
-    )
-    ran(surgeon("verify", twice))
-    assert ran(surgeon("inspect", twice)).out
-    for name, found in load_alone(tmp_path / "o").items():
-        assert found["remote"] is (first in ("qk", "v", "one", "all")), name
-        assert found["text"] == "hello"
+    totals = [
+        report_of(folder)["parameters"]["total"]
+        for folder in (results / first, again / f"{first} once", again / f"{first} twice")
+    ]
+    for before, after in itertools.pairwise(totals):
+        assert before["after"] == after["before"] > after["after"]
+    ran(surgeon("verify", again / f"{first} twice"))
+    assert ran(surgeon("inspect", again / f"{first} twice")).out
+
+
+@pytest.mark.slow
+def test_what_was_pruned_again_loads_without_surgeon(again: Path) -> None:
+    found = load_alone(again)
+    assert len(found) == 2 * len(CUTS)
+    for name, loaded in found.items():
+        assert loaded["remote"] is (name.split()[0] in ("qk", "v", "one", "all")), name
+        assert loaded["text"] == "hello"
 
 
 def test_pruning_in_two_steps_can_be_traced_back(results: Path, tmp_path: Path) -> None:

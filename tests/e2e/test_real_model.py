@@ -1,4 +1,7 @@
-"""The demonstration, whole: a pretrained Llama pruned, loaded back, exported and run."""
+"""Everything that needs the pretrained model, in one file so that one worker reads it once.
+
+The demonstration is whole: a pretrained Llama pruned, loaded back, exported and run.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from surgeon.capture.gguf_file import GGUFHeader
+from surgeon.capture.source import resolve
+from surgeon.emit.onnx_graph import check_onnx, write_onnx
+from surgeon.emit.pt2 import samples
+from surgeon.report import evaluate
+from surgeon.report.evaluate import perplexity
 from tests.command import surgeon
+from tests.gguf_files import gguf_weights
+from tests.unit.test_emit_pt2 import captured, forward
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def demo(
-    tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path
-) -> tuple[Path, dict[str, Any]]:
-    del smollm2_gguf  # skips nothing: it fails where the package is missing
-    from surgeon.demo import run
-
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("demo")
-    run(out, 0.2, windows=1)
+    ran = surgeon("demo", "-o", out, "--windows", "1")
+    assert ran.code == 0, ran.err
+    for text in ("decoder-layer parameters", "perplexity", "before:", "after:", "onnx:"):
+        assert text in ran.out
+    assert "NOT the same" not in ran.out
     return out, json.loads((out / "demo.json").read_text())
 
 
@@ -86,28 +97,60 @@ def test_left_padded_batches_generate_the_same_with_and_without_a_cache(demo: An
     assert torch.equal(cached, model.generate(**batch, use_cache=False, **new))
 
 
-def test_the_command_plans_the_same(demo: Any) -> None:
-    planned = surgeon("prune", "smollm2", "--ratio", "0.2", "--dry-run", "--json", "--no-verify")
-    assert planned.code == 0, planned.err
-    found = json.loads(planned.out)
-    for key in ("parameters", "ratio", "axes", "source"):
-        assert found[key] == demo[1]["report"][key]
-
-
 def test_the_command_goes_on_alike_from_the_checkpoint_and_its_graph(demo: Any) -> None:
     prompt = ("The heart is a muscle that", "--max-new-tokens", "6")
     text = surgeon("generate", demo[0] / "model", *prompt)
-    graph = surgeon("generate", demo[0] / "model.onnx", *prompt, "--tokenizer", demo[0] / "model")
+    graph = surgeon("generate", demo[0] / "onnx", *prompt)
     assert text.code == graph.code == 0 and text.out == graph.out
     assert text.out.startswith(prompt[0]) and len(text.out) > len(prompt[0]) + 5
 
 
-def test_the_demonstration_runs_again_into_its_folder(demo: Any) -> None:
-    before = (demo[0] / "model" / "model.safetensors").read_bytes()
-    again = surgeon("demo", "-o", demo[0], "--windows", "1")
-    assert again.code == 0, again.err
-    for text in ("decoder-layer parameters", "perplexity", "before:", "after:", "onnx:"):
-        assert text in again.out
-    assert "NOT the same" not in again.out
-    assert (demo[0] / "model" / "model.safetensors").read_bytes() == before
-    assert not [p.name for p in demo[0].iterdir() if p.name.startswith(".")]
+# --- the model itself ----------------------------------------------------------------------------
+
+
+def test_smollm2_is_a_source() -> None:
+    source = resolve("smollm2")
+    assert (source.kind, source.id, source.quantized) == ("alias", "smollm2", "Q4_1")
+    assert source.config.num_hidden_layers == 30
+    assert source.tokenizer("Hello")["input_ids"]
+
+
+def test_smollm2_is_read_as_transformers_reads_it(
+    smollm2: tuple[Any, Any], smollm2_gguf: Path
+) -> None:
+    import gguf
+
+    model, _ = smollm2
+    header = GGUFHeader(smollm2_gguf)
+    assert header.architecture == "llama" and header.quantised == "Q4_1"
+    theirs = [
+        (t.name, t.tensor_type.name, int(t.data_offset), int(t.n_bytes))
+        for t in gguf.GGUFReader(smollm2_gguf).tensors
+    ]
+    assert [(t.name, t.kind, t.start, t.nbytes) for t in header.tensors] == theirs
+    weights = gguf_weights(smollm2_gguf, model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_smollm2_on_the_built_in_text(smollm2: Any) -> None:
+    """A wrong shift, window or tokenisation moves this by far more than its tolerance."""
+    model, tokenizer = smollm2
+    result = perplexity(model, tokenizer, window=256, max_windows=4)
+    own = evaluate.default_text().content
+    ids = torch.tensor(tokenizer(own, add_special_tokens=False)["input_ids"][:1024]).view(4, 1, 256)
+    with torch.no_grad():
+        expected = math.exp(sum(model(x, labels=x).loss.item() for x in ids) / 4)
+    assert result.perplexity == pytest.approx(expected, rel=1e-4)
+    assert 2 < result.perplexity < 40
+
+
+def test_smollm2_in_onnx_runtime(smollm2: Any, tmp_path: Path) -> None:
+    model, _ = smollm2
+    program, weights = captured(model)
+    path = tmp_path / "model.onnx"
+    written = write_onnx(program, weights, path, check=False)
+    assert check_onnx(path, forward(model), samples(program)) < 1e-4
+    assert written.nodes < 2000
+    weighed = sum(p.numel() * 4 for p in model.parameters())
+    assert path.stat().st_size < weighed + 1_000_000  # the tied embedding once

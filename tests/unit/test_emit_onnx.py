@@ -205,16 +205,3 @@ def test_what_onnx_runtime_cannot_open_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SurgeonError) as caught:
         check_onnx(path, lambda *_: None, samples(two()[0]))
     assert caught.value.code is Code.RUNTIME_FAILED
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_smollm2_in_onnx_runtime(smollm2: Any, tmp_path: Path) -> None:
-    model, _ = smollm2
-    program, weights = captured(model)
-    path = tmp_path / "model.onnx"
-    written = write_onnx(program, weights, path, check=False)
-    assert check_onnx(path, forward(model), samples(program)) < 1e-4
-    assert written.nodes < 2000
-    weighed = sum(p.numel() * 4 for p in model.parameters())
-    assert path.stat().st_size < weighed + 1_000_000  # the tied embedding once

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from surgeon.capture.buffers import computed_buffers
-from surgeon.capture.gguf_file import GGUFHeader, GGUFWeights
+from surgeon.capture.gguf_file import GGUFHeader
 from surgeon.capture.layered import OverlayWeights, RewrittenWeights
 from surgeon.capture.model import all_params
-from surgeon.capture.weights import SafetensorsWeights, StateDictWeights, Weights
+from surgeon.capture.weights import SafetensorsWeights, StateDictWeights
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Param, TensorType
 from tests import models
-from tests.gguf_files import write_llama
+from tests.gguf_files import gguf_weights, write_llama
 
 
 def checkpoint(folder: Path, model: Any, shard: str = "5GB") -> Path:
@@ -324,11 +324,6 @@ def test_weights_are_a_mapping_compared_by_identity() -> None:
 # --- GGUF ------------------------------------------------------------------------------------
 
 
-def gguf_weights(path: Path, model: Any) -> Weights:
-    ties = {alias: p.name for p in all_params(model).values() for alias in p.aliases}
-    return GGUFWeights(GGUFHeader(path), model, ties)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_gguf_file_gives_the_original_tensors(tmp_path: Path, tied: bool) -> None:
     model = models.build("Llama", tie_word_embeddings=tied)
@@ -370,26 +365,6 @@ def test_a_gguf_fingerprint_sees_a_changed_value(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] += 1
     assert GGUFHeader(write_llama(tmp_path / "c.gguf", model)).fingerprint() != first
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_smollm2_is_read_as_transformers_reads_it(
-    smollm2: tuple[Any, Any], smollm2_gguf: Path
-) -> None:
-    import gguf
-
-    model, _ = smollm2
-    header = GGUFHeader(smollm2_gguf)
-    assert header.architecture == "llama" and header.quantised == "Q4_1"
-    theirs = [
-        (t.name, t.tensor_type.name, int(t.data_offset), int(t.n_bytes))
-        for t in gguf.GGUFReader(smollm2_gguf).tensors
-    ]
-    assert [(t.name, t.kind, t.start, t.nbytes) for t in header.tensors] == theirs
-    weights = gguf_weights(smollm2_gguf, model)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(weights[name], tensor), name
 
 
 # --- computed buffers ------------------------------------------------------------------------
