@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.runtime.session import OrtSession
+from surgeon.runtime import open_session
 from tests.models import tiny, tokens
 
 
@@ -42,9 +42,7 @@ def test_the_same_plan_runs_in_onnx_runtime(tmp_path: Path) -> None:
     pruned.save(tmp_path / "out")
     ids = tokens(101)
     mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids)
-    got = OrtSession(tmp_path / "out" / "model.onnx").run(
-        ids.numpy(), mask.numpy(), positions.numpy()
-    )
+    got = open_session(tmp_path / "out").run(ids.numpy(), mask.numpy())
     want = pruned.masked(ids, mask, positions).numpy()
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
