@@ -92,11 +92,11 @@ def output_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         _recover(target)
         _check_folder(target, overwrite)  # an old result may have come back
-        _check_room(target, need_bytes)
         partial.mkdir()
     _OPEN.add(partial)
     try:
         with _reported(target):
+            _check_room(target, need_bytes)
             yield partial
             _sync_tree(partial)
             _check_folder(target, overwrite)
@@ -128,8 +128,8 @@ def output_file(
             _check_file(target, overwrite)
             target.parent.mkdir(parents=True, exist_ok=True)
             _recover(target)
-            _check_room(target, need_bytes)
             partial.touch()
+            _check_room(target, need_bytes)
             yield partial
             _sync(partial)
             _check_file(target, overwrite)

@@ -163,9 +163,11 @@ def test_a_folder_that_may_not_be_written_to(
     refused(prune(llama, tmp_path / "o", *RATIO), "bad-output", "can't be written to")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a pseudo file system")
 def test_a_file_system_that_refuses(llama: Path) -> None:
+    """It has no room either, which isn't what is wrong with it."""
     found = surgeon("prune", llama, "-o", "/proc/surgeon-test", *RATIO)
-    assert found.code == 1 and found.err.startswith(("[bad-output]", "[disk-full]")), found.err
+    refused(found, "bad-output", "/proc/surgeon-test", "can't write here")
 
 
 def test_a_disk_without_room_is_seen_before_writing(
