@@ -297,23 +297,19 @@ class SafetensorsWeights(Weights):
         found = _entries(folder)
         names = dict(rename(found.keys())) if rename is not None else {}
         self._entries = {names.get(key, key): entry for key, entry in found.items()}
-        self._files: dict[Path, Any] = {}
         super().__init__(self._entries, aliases)
-
-    def _open(self, path: Path) -> Any:
-        from safetensors import safe_open
-
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt", device="cpu")
-        return self._files[path]
 
     def _read(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
-        return self._open(entry.file).get_tensor(entry.key)
+        return _values(entry, entry.start, entry.shape)
 
     def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         entry = self._entries[name]
-        return self._open(entry.file).get_slice(entry.key)[start:stop]
+        rows, *inner = entry.shape
+        start, stop, _ = slice(start, stop).indices(rows)
+        width = math.prod(inner) * entry.dtype.itemsize
+        shape = (max(0, stop - start), *inner)
+        return _values(entry, entry.start + start * width, shape)
 
     def _meta(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         entry = self._entries[name]
@@ -327,6 +323,23 @@ class SafetensorsWeights(Weights):
     def fingerprint(self) -> str:
         """Returns a SHA-256 over names, element types, shapes and the first bytes of each."""
         return self._fingerprint(_file_heads(self._entries))
+
+
+def _values(entry: _Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Reads values from a file. It is not mapped: pages of a mapping stay in memory for long."""
+    size = math.prod(shape) * entry.dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=entry.dtype)
+    data = bytearray(size)
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(start)
+        left = memoryview(data)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise _truncated(entry.file, start + size, start + size - len(left))
+            left = left[count:]
+    return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).reshape(shape)
 
 
 def _file_heads(

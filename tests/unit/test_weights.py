@@ -68,7 +68,7 @@ def test_metadata_and_fingerprint_read_no_values(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("values were read")
 
-    monkeypatch.setattr("safetensors.safe_open", refuse)
+    monkeypatch.setattr("surgeon.capture.weights._values", refuse)
     weights.check(all_params(tiny("Llama")).values())
     weights.fingerprint()
     with pytest.raises(AssertionError, match="values were read"):
@@ -453,3 +453,22 @@ def test_a_buffer_that_its_class_leaves_unset_is_refused() -> None:
 
     with refused(Code.CAPTURE_FAILED, "what table should hold"):
         computed_buffers(Forgetful, models.config("Llama"))
+
+
+def test_rows_are_those_of_the_whole(tmp_path: Path) -> None:
+    tensor = torch.arange(30, dtype=torch.float16).reshape(5, 2, 3)
+    save_file({"w": tensor, "none": torch.empty(0, 4)}, tmp_path / "model.safetensors")
+    weights = SafetensorsWeights(tmp_path)
+    for start, stop in ((0, 5), (1, 3), (4, 9), (3, 3)):
+        assert torch.equal(weights.rows("w", start, stop), tensor[start:stop])
+    assert weights["none"].shape == (0, 4)
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(64)}, path)
+    weights = SafetensorsWeights(tmp_path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(SurgeonError) as caught:
+        weights["w"]
+    assert "truncated" in caught.value.what
