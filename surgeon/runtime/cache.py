@@ -17,13 +17,18 @@ _NUMPY: Mapping[str, type[np.generic]] = {"fp32": np.float32, "fp16": np.float16
 
 
 def allocate(shape: Sequence[int], dtype: str, device: str) -> Any:
-    """Returns an `OrtValue` of that shape on the device, its content of no meaning."""
+    """Returns an `OrtValue` of zeros on the device: what is never written may still be read."""
     import onnxruntime as ort
 
-    if device == "cpu" and dtype in _NUMPY:
-        # Zeroed pages cost nothing before they are written, so a long cache may be asked for.
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _NUMPY[dtype]))
-    return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), ELEMENTS[dtype], device, 0)
+    if dtype in _NUMPY:
+        # On the CPU it takes this array as it is, whose pages cost nothing before they are written.
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _NUMPY[dtype]), device, 0)
+    element = ELEMENTS[dtype]
+    bits = np.zeros(shape, np.uint16)
+    zeros = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, element)
+    value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element, device, 0)
+    value.update_inplace(zeros)
+    return value
 
 
 class Cache:
@@ -74,12 +79,10 @@ class Cache:
     def retract(self, columns: int) -> None:
         """Forgets the newest columns again, after a step that failed."""
         self.width -= columns
-        self._mask[:, self.width :] = 0
 
     def reset(self) -> None:
         """Forgets everything and keeps the buffers."""
         self.width = 0
-        self._mask[:] = 0
         for slot in self.signature.slots:
             if not slot.shared:
                 empty = allocate(slot.shape(self.batch, 0), self.signature.dtype, self.device)

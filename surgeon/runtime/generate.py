@@ -117,8 +117,8 @@ def stream(
     """Yields what the model writes after the prompt, piece by piece as it is written.
 
     Args:
-        model: as for `generate`, but for a Transformers model, whose own loop can't be paused;
-            `generate` calls `on_text` for these.
+        model: as for `generate`. A Transformers model is run anew on the whole text for every
+            token, since its own loop can't be paused; `generate` with `on_text` uses its cache.
         tokenizer: the model's own tokenizer.
         prompt: the text to go on from.
         max_new_tokens: an upper limit; an end-of-text token stops before it.
@@ -127,8 +127,6 @@ def stream(
     Raises:
         SurgeonError: as `generate`, when the first piece is asked for.
     """
-    if is_transformers(model):
-        model = logits_of(model)
     rows = _rows(model, tokenizer, [prompt], max_new_tokens)
     text = TextStream(tokenizer, rows[0])
     for (token,) in _steps(model, tokenizer, rows, max_new_tokens, sampling):
@@ -183,9 +181,11 @@ def _rows(
 
 
 def _stops(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the tokens that end a text: what lies beside the model goes before its tokenizer."""
-    own = getattr(model, "stop_tokens", ())
-    found = own or getattr(tokenizer, "eos_token_id", None)
+    """Returns the tokens that end a text: the model's own settings go before its tokenizer's."""
+    settings = model.generation_config.eos_token_id if is_transformers(model) else None
+    beside = getattr(model, "stop_tokens", ()) or None
+    named = (settings, beside, getattr(tokenizer, "eos_token_id", None))
+    found = next((tokens for tokens in named if tokens is not None), None)
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
@@ -290,9 +290,7 @@ def _with_transformers(
     import torch
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    stop = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    stops = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
+    own, stops = model.generation_config, _stops(model, tokenizer)
     pad = own.pad_token_id if own.pad_token_id is not None else tokenizer.pad_token_id
     drawn: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
@@ -305,7 +303,7 @@ def _with_transformers(
         }
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop,
+        eos_token_id=list(stops) or None,
         pad_token_id=(stops or (0,))[0] if pad is None else pad,
         bos_token_id=own.bos_token_id,
         **drawn,

@@ -13,6 +13,8 @@ import pytest
 from surgeon.errors import Code, SurgeonError
 from surgeon.report.evaluate import perplexity
 from surgeon.runtime import Decoder
+from surgeon.runtime.cache import allocate
+from surgeon.runtime.device_ops import ELEMENTS
 from surgeon.runtime.generate import generate
 from surgeon.runtime.logits import logits_of, positions_of
 from tests.decoders import KV, LONGEST, WIDTH, Tiny, told, write
@@ -240,6 +242,14 @@ def test_nothing_is_copied_to_pick_a_row_of_logits_on_the_device(files):
     half = (logits.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(half, 16)
     assert decoder._ops.host(value) == pytest.approx(logits, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_buffers_of_every_type_start_as_zeros(files, dtype):
+    value = allocate((2, 1, 3, 4), dtype, "cpu")
+    assert (list(value.shape()), value.element_type()) == ([2, 1, 3, 4], ELEMENTS[dtype])
+    found = shared(files)._ops.host(value)
+    assert found.shape == (2, 1, 3, 4) and not found.any()
 
 
 # --- steps of fixed shapes -----------------------------------------------------------------------

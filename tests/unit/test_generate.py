@@ -142,12 +142,12 @@ def test_a_batch_says_what_its_prompts_say_alone(tiny, tiny_tokenizer, through):
 
 def test_a_row_of_a_sampled_batch_is_drawn_as_if_alone(tiny, tiny_tokenizer):
     model = Recomputed(tiny("Llama"))
-    same = ["a cat"] * 3
+    same = ["a cat"] * 2
     sampling = Sampling(temperature=1.5, seed=4)
-    found = generate(model, tiny_tokenizer, same, max_new_tokens=12, sampling=sampling)
-    for row in range(3):
+    found = generate(model, tiny_tokenizer, same, max_new_tokens=6, sampling=sampling)
+    for row in range(2):
         own = Sampling(temperature=1.5, seed=4 + row)
-        alone = generate(model, tiny_tokenizer, "a cat", max_new_tokens=12, sampling=own)
+        alone = generate(model, tiny_tokenizer, "a cat", max_new_tokens=6, sampling=own)
         assert alone.tokens == found[row].tokens
     assert found[0].tokens != found[1].tokens
 
@@ -197,3 +197,17 @@ def test_sampling_settings_that_mean_nothing_are_refused(options):
     with pytest.raises(SurgeonError) as caught:
         Sampling(**options)
     assert caught.value.code is Code.BAD_OPTION
+
+
+def test_a_stream_of_a_transformers_model_heeds_its_own_settings(tiny_tokenizer):
+    model = models.build("Llama")
+    whole = generate(model, tiny_tokenizer, PROMPT, max_new_tokens=12).tokens
+    model.generation_config.eos_token_id = [whole[5], 3]
+    end = whole.index(whole[5]) + 1
+    for text in (
+        generate(model, tiny_tokenizer, PROMPT, max_new_tokens=12).text,
+        "".join(stream(model, tiny_tokenizer, PROMPT, max_new_tokens=12)),
+    ):
+        assert text == tiny_tokenizer.decode(whole[:end], skip_special_tokens=True)
+    with pytest.raises(SurgeonError, match="64 positions"):
+        next(stream(model, tiny_tokenizer, "x" * 60))
