@@ -191,7 +191,9 @@ class Builder:
         """Returns a parameter, changed by `make` when it is written; `change` names the change."""
         type_ = self.program.param[name].type
         kept = dtype or (self.float if type_.dtype in _FLOATING else type_.dtype)
-        label = f"{name}{change}" + ("" if kept == type_.dtype or dtype is None else f".{kept}")
+        # Most tensors have the graph's own type; a second copy in another says so in its name.
+        usual = self.float if type_.dtype in _FLOATING else type_.dtype
+        label = f"{name}{change}" + ("" if kept == usual else f".{kept}")
         if label not in self.initializers:
             shape = tuple(s for s in type_.shape if isinstance(s, int))
             if make is not None:
