@@ -100,13 +100,16 @@ def driver_fault() -> str | None:
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)
+        init, device_count = driver.cuInit, driver.cuDeviceGetCount
     except OSError:
         return f"the CUDA driver can't be loaded ({name})"
-    status = driver.cuInit(0)
+    except AttributeError as error:
+        return f"{name} is no CUDA driver ({error})"
+    status = init(0)
     if status != 0:
         return f"the CUDA driver finds no device it can use (cuInit gives {status})"
     count = ctypes.c_int(0)
-    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
+    if device_count(ctypes.byref(count)) != 0 or count.value < 1:
         return "the CUDA driver sees no device"
     return None
 

@@ -77,7 +77,12 @@ class Driver:
 
 @pytest.mark.parametrize(
     ("driver", "says"),
-    [(Driver(), None), (Driver(status=100), "cuInit gives 100"), (Driver(devices=0), "no device")],
+    [
+        (Driver(), None),
+        (object(), "no CUDA driver"),
+        (Driver(status=100), "cuInit gives 100"),
+        (Driver(devices=0), "no device"),
+    ],
 )
 def test_the_driver_itself_is_asked(monkeypatch, driver, says):
     monkeypatch.setattr(device.ctypes, "CDLL", lambda name: driver)
