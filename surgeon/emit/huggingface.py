@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,19 +131,31 @@ def choose(
     except Refused as refused:
         raise _refusal([str(refused)], config) from refused
     names = _renamed(axes, plan, kept)
-    uniform = all(s.widths == kept[0].widths and s.attention and s.mlp for s in kept)
-    if uniform:
+    differ = _differences(kept)
+    if not differ:
         for label, make in stock(config, model_class, shape):
             try:
                 return _stock(axes, selection, shape, names, _made(make), buffers)
             except Refused as refused:
                 reasons.append(f"{label}: {refused}")
     else:
-        reasons.append(f"{model_class.__name__}: its layers differ in width or lack a branch")
-    if family(config) in PER_LAYER_FAMILIES:
-        return _packaged(axes, selection, shape, names, config)
+        reasons.append(f"{model_class.__name__}: {differ}")
+    if family(config) in PER_LAYER_FAMILIES and not any(s.spelled for s in kept):
+        return _packaged(axes, selection, shape, names, config, differ, reasons)
     reasons.append(f"no per-layer modelling file for {family(config)}")
     raise _refusal(reasons, config)
+
+
+def _differences(layers: tuple[LayerShape, ...]) -> str:
+    """Returns what keeps one configuration from describing every layer; empty if nothing does."""
+    found: list[str] = []
+    for what in ("attention", "mlp"):
+        if any(not getattr(s, what) for s in layers):
+            found.append(f"layers lack their {'MLP' if what == 'mlp' else what}")
+    both = [s.widths for s in layers if s.attention and s.mlp]
+    if len(set(both)) > 1:
+        found.insert(0, "its layers differ in width")
+    return " and ".join(found)
 
 
 def _refusal(reasons: list[str], config: Any) -> SurgeonError:
@@ -233,9 +245,18 @@ def _same_attention(shape: Shape, have: Any) -> None:
 
 
 def _packaged(
-    axes: Axes, selection: Selection, shape: Shape, names: dict[str, str], config: Any
+    axes: Axes,
+    selection: Selection,
+    shape: Shape,
+    names: dict[str, str],
+    config: Any,
+    differ: str,
+    reasons: Sequence[str],
 ) -> Emission:
-    """Returns the emission for the packaged modelling file, which reads widths per layer."""
+    """Returns the emission for the packaged modelling file, which reads widths per layer.
+
+    `differ` says how layers differ, and `reasons` why no class of Transformers will do.
+    """
     attention = [op for op in axes.program.ops if op.target in ATTENTION]
     norms: dict[str, set[float]] = {"hidden": set(), "qk": set()}
     for index, op in enumerate(axes.program.ops):
@@ -269,9 +290,16 @@ def _packaged(
     data["architectures"] = ["SurgeonPrunedForCausalLM"]
     data["auto_map"] = AUTO_MAP
     data["model_type"] = PACKAGED
+    why = [differ] if differ else []
+    if data["rotary_pairs"] is not None:
+        why.append("rotary pairs are missing")
+    if any(s.attention and s.qk != s.v for s in shape.layers):
+        why.append("value heads and query heads differ in width")
+    if not why:
+        why += [f"{PACKAGED} is what it was made from"] if earlier is not None else reasons
     note = (
-        "layers differ in width or shape, so the checkpoint carries its modelling file: load it "
-        "with trust_remote_code=True (it does not need Surgeon)"
+        f"{'; '.join(why)}: the checkpoint carries its modelling file, load it with "
+        "trust_remote_code=True (it does not need Surgeon)"
     )
     candidate = Candidate(object, None, note, remote=True)
     return Emission(candidate, names, {}, data, (note,))

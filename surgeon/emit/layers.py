@@ -20,7 +20,8 @@ class LayerShape:
     """Widths of one layer; 0 where the branch is missing.
 
     `qk` is the width of one query or key head, `v` of one value head; `window` and `scale` are
-    the attention's own literals.
+    the attention's own literals. Where the model spells its attention out (`spelled`), nothing
+    says which of its sizes are heads, and all of these are 0.
     """
 
     path: str
@@ -31,11 +32,12 @@ class LayerShape:
     ffn: int = 0
     scale: float = 0.0
     window: int | None = None
+    spelled: bool = False
 
     @property
     def attention(self) -> bool:
         """Whether the layer has attention."""
-        return self.heads > 0
+        return self.heads > 0 or self.spelled
 
     @property
     def mlp(self) -> bool:
@@ -45,7 +47,7 @@ class LayerShape:
     @property
     def widths(self) -> tuple[object, ...]:
         """Everything but the place and the window: what must agree for a uniform model."""
-        return (self.heads, self.kv_heads, self.qk, self.v, self.ffn, self.scale)
+        return (self.heads, self.kv_heads, self.qk, self.v, self.ffn, self.scale, self.spelled)
 
 
 def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, object]:
@@ -54,7 +56,7 @@ def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, objec
     if attention:
         return _attention(axes, selection, attention[0])
     if branch.kind == "attention":
-        return {}  # spelled out: nothing says which of its sizes are heads
+        return {"spelled": True}
     # The width is read off the last projection, so that it is found where it is 1 and no axis.
     for op in reversed(ops):
         if op.target in _PROJECTIONS:

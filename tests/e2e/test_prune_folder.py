@@ -124,6 +124,11 @@ def test_results_load_without_surgeon_and_generate(results: Path) -> None:
         assert report["parameters"]["total"]["after"] == loaded["parameters"]
         assert report["verification"]["largest"] <= 1e-4
         assert loaded["text"] == "hello" and not loaded["tied"]
+    said = {name: " ".join(report_of(results / name)["notes"]) for name in CUTS}
+    assert "rotary pairs are missing" in said["qk"] and "rotary" not in said["v"]
+    assert "value heads and query heads differ" in said["v"]
+    assert "its layers differ in width" in said["one"]
+    assert not any("layers differ" in said[name] for name in CUTS if name != "one")
     notes = report_of(results / "alias")["notes"]
     assert any("MistralForCausalLM" in n and "divisible" in n for n in notes)
 

@@ -403,6 +403,56 @@ def test_layers_that_lost_a_branch_can_be_pruned_again(tmp_path: Path):
     assert layers[0].num_key_value_heads == layers[2].num_key_value_heads == 2
 
 
+# --- attention that is spelled out --------------------------------------------------------------
+
+SPELLED: dict[str, dict[str, Any]] = {
+    "CodeGen": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "n_ctx": 64,
+        "rotary_dim": 4,
+        "n_inner": 48,
+        "tie_word_embeddings": False,
+    },
+    "XGLM": {
+        "d_model": 32,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "ffn_dim": 48,
+        "max_position_embeddings": 64,
+    },
+}
+"""Architectures that don't take their attention from Transformers' interface."""
+
+
+def spelled(name: str) -> Model:
+    tokens = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "vocab_size": 101}
+    config = getattr(transformers, f"{name}Config")(**SPELLED[name], **tokens)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    models.randomise(model)
+    made = open_model(model.eval())
+    assert not any(op.target == "surgeon.attention" for op in made.program.ops)
+    return made
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_the_mlp_can_go_where_attention_is_spelled_out(name: str, tmp_path: Path):
+    made = make(spelled(name), {"ffn": 0.25})
+    made.save(tmp_path / "o")
+    model = loaded(tmp_path / "o")
+    assert type(model).__name__ == f"{name}ForCausalLM"
+    assert {"n_inner": 36, "ffn_dim": 36}.items() & model.config.to_dict().items()
+    verified(made, model)
+
+
+def test_spelled_out_attention_that_is_cut_is_refused_by_its_sizes():
+    with pytest.raises(SurgeonError) as caught:
+        _ = make(spelled("CodeGen"), {"v": 0.25}).emission
+    assert "would be [" in caught.value.why and "lack" not in caught.value.why
+
+
 # --- refusals ----------------------------------------------------------------------------------
 
 
