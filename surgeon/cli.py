@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from surgeon.commands import see
+from surgeon.commands.arguments import JsonOption, ModelArg, RemoteOption
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
@@ -25,17 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="checkpoint folder, config.json, GGUF file, hub id, or the alias smollm2",
-    ),
-]
-RemoteOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run modelling code that comes with MODEL")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 DeviceOption = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where it works")]
 RunnableArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file or folder")
@@ -261,26 +252,7 @@ def prune(
         _print_report(report, None if dry_run else out)
 
 
-@app.command()
-def inspect(
-    model: ModelArg, as_json: JsonOption = False, trust_remote_code: RemoteOption = False
-) -> None:
-    """Show the axes of a model: what is coupled with what, and what may be pruned."""
-    from surgeon.pipeline import open_model
-
-    opened = open_model(model, trust_remote_code=trust_remote_code)
-    if as_json:
-        typer.echo(json.dumps(opened.axes.to_json(), indent=1, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    from surgeon.report.axes_table import axes_tables
-
-    console = Console()
-    for table in axes_tables(opened.axes):
-        console.print(table)
-    for guard in opened.program.guards:
-        console.print(f"guard: {guard}", highlight=False)
+see.add(app)
 
 
 @app.command()
@@ -327,6 +299,15 @@ def export(
     positions: Annotated[
         int | None, typer.Option(help="longest sequence; the configuration's by default")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="of ONNX: weights in fewer bits: int4, w8, or int8 for CPUs")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="neighbouring weights that share a scale; 32 by default")
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="of quantised weights: nearest or k-quant")
+    ] = None,
     overwrite: OverwriteOption = False,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="skip running what was written")
@@ -343,6 +324,9 @@ def export(
         style=style,
         dtype=dtype,
         positions=positions,
+        quantize=quantize,
+        block_size=block_size,
+        rounding=rounding,
         overwrite=overwrite,
         check=not no_check,
         trust_remote_code=trust_remote_code,

@@ -138,6 +138,9 @@ def export(
     style: str | None = None,
     dtype: str = "fp32",
     positions: int | None = None,
+    quantize: str | None = None,
+    block_size: int | None = None,
+    rounding: str | None = None,
     overwrite: bool = False,
     check: bool = True,
     trust_remote_code: bool = False,
@@ -152,6 +155,10 @@ def export(
         style: of an ONNX graph: `ort`, `standard` or `generic`; see `Options`.
         dtype: of an ONNX graph: `fp32`, `fp16` or `bf16`.
         positions: the longest sequence of an ONNX graph; by default the configuration's.
+        quantize: store the weights of an ONNX graph in fewer bits: `int4`, `w8` or `int8`; see
+            `Scheme`.
+        block_size: neighbouring weights that share a scale; 32 without it.
+        rounding: of the weights: `nearest` or `k-quant`.
         overwrite: replace an earlier result.
         check: run what was written and compare.
         trust_remote_code: run modelling code that comes with a checkpoint.
@@ -171,6 +178,14 @@ def export(
             why="graphs are written as ONNX or as a torch.export program",
             try_=near(to, known),
         )
+    if to != "onnx" and quantize is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"--to {to} isn't quantised",
+            at=f"--to {to} --quantize {quantize}",
+            why="the rounding and the kernels are ONNX Runtime's",
+            try_="--to onnx, or leave --quantize out",
+        )
     if to != "onnx" and (style is not None or dtype != "fp32" or positions is not None):
         raise SurgeonError(
             Code.BAD_OPTION,
@@ -184,12 +199,17 @@ def export(
     target = get_target(to)
     alone = to != "onnx" or path.suffix == target.suffix
     (check_output_file if alone else check_output)(path, overwrite=overwrite)
-    options: dict[str, Any] = {"style": style, "dtype": dtype, "positions": positions}
+    options: dict[str, Any] = {
+        "style": style,
+        "dtype": dtype,
+        "positions": positions,
+        "quantize": _scheme(quantize, block_size, rounding),
+    }
     if to == "onnx":
         from surgeon.emit.onnx_decoder import Options
 
         # What can't be asked for is refused before the model is opened.
-        Options(style or "ort", dtype, 1 if positions is None else positions)
+        Options(style or "ort", dtype, 1 if positions is None else positions, options["quantize"])
     opened = open_model(model, trust_remote_code=trust_remote_code)
     if not alone:
         return _export_folder(opened, path, options, overwrite=overwrite, check=check)
@@ -204,7 +224,35 @@ def export(
     size = sum(file.stat().st_size for file in found.files)
     names = ", ".join(file.name for file in found.files)
     report = {"name": to, "nodes": found.nodes, "bytes": size, "largest_difference": found.largest}
-    return Exported(path, _summary(names, found.nodes, size, found.largest), report)
+    notes: list[str] = []
+    if options["quantize"] is not None:
+        from surgeon.emit.onnx_folder import judged
+
+        quantised, notes = judged(
+            found, opened.program, opened.read, opened.source, chosen["options"], check=check
+        )
+        report["quantize"] = quantised
+    return Exported(path, _summary(names, found.nodes, size, found.largest), report, tuple(notes))
+
+
+def _scheme(name: str | None, block_size: int | None, rounding: str | None) -> Any:
+    """Returns how to quantise, None where that isn't asked for."""
+    from surgeon.emit.quantize.scheme import Scheme
+
+    asked: dict[str, Any] = {"block_size": block_size, "rounding": rounding}
+    given = {option: value for option, value in asked.items() if value is not None}
+    if name is not None:
+        return Scheme(name, **given)
+    if given:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{option} is of a quantised graph",
+            at=option,
+            why="without --quantize the weights stay as they are",
+            try_=f"--quantize int4 with {option}, or leave it out",
+        )
+    return None
 
 
 def _export_folder(

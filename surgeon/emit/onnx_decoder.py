@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from surgeon.emit.files import output_file
 from surgeon.emit.onnx_graph import point, write_onnx
 from surgeon.emit.pt2 import TOLERANCE, Reference, Weights, Written, compare, rows, tensors
+from surgeon.emit.quantize.scheme import Scheme
 from surgeon.emit.target import Target
 from surgeon.errors import Code, SurgeonError, near
 
 if TYPE_CHECKING:
     import torch
 
+    from surgeon.emit.quantize.graph import Quantised
     from surgeon.ir import Program
 
 STYLES = ("ort", "standard", "generic")
@@ -33,6 +35,9 @@ HALF_TOLERANCE = 3e-2
 Half precision has 11 significant bits; their rounding adds up over the layers.
 """
 
+QUANTISED_TOLERANCE = 1.0
+"""The same of a quantised graph, whose quality its perplexity tells: this finds broken ones."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -43,11 +48,13 @@ class Options:
             through torch's exporter and without a cache.
         dtype: `fp32`, `fp16` or `bf16`: of weights, activations, cache and logits.
         positions: the longest sequence; the tables of rotary embeddings have as many rows.
+        quantize: how the weights are stored in fewer bits, None where they are not.
     """
 
     style: str = "ort"
     dtype: str = "fp32"
     positions: int = POSITIONS
+    quantize: Scheme | None = None
 
     def __post_init__(self) -> None:
         """Refuses what doesn't exist or doesn't go together."""
@@ -76,6 +83,15 @@ class Options:
                 why="every token has one",
                 try_="the longest sequence that the model shall see, such as 2048",
             )
+        if self.quantize is not None:
+            self.quantize.check(self.style, self.dtype)
+
+
+@dataclass(frozen=True)
+class WrittenDecoder(Written):
+    """What was written, and what became of its weights if they were quantised."""
+
+    quantised: Quantised | None = None
 
 
 def write_decoder(
@@ -115,6 +131,7 @@ def write_decoder(
     import onnx_ir
 
     from surgeon.emit.ort.decoder import lower_decoder
+    from surgeon.emit.quantize.graph import add_views, quantise
     from surgeon.runtime.lower import lower
 
     path = Path(path)
@@ -123,6 +140,7 @@ def write_decoder(
         program, get, style=options.style, dtype=options.dtype, positions=options.positions
     )
     model = decoder.model
+    quantised = quantise(model, options.quantize) if options.quantize else None
     model.metadata_props.update(metadata or {})
     beside = path.with_name(path.name + ".data")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
@@ -133,6 +151,8 @@ def write_decoder(
         model = onnx_ir.external_data.unload_from_model(
             model, data.parent, data.name, size_threshold_bytes=INLINE
         )
+        if quantised is not None:
+            add_views(model.graph, quantised)
         onnx_ir.save(model, partial, format="protobuf")
         largest = None
         if check and options.dtype != "bf16":
@@ -141,7 +161,7 @@ def write_decoder(
         onnx_ir.save(model, partial, format="protobuf")
         # Between the two renames that follow, an old graph must not find new weights.
         path.unlink(missing_ok=True)
-    return Written((path, beside), len(model.graph), largest)
+    return WrittenDecoder((path, beside), len(model.graph), largest, quantised)
 
 
 # --- check ---------------------------------------------------------------------------------------
@@ -189,6 +209,8 @@ def check_decoder(path: str | Path, reference: Reference, vocab: int) -> float:
         Sample("read in chunks", (ids[:1], whole[:1], counted[:1]), whole[:1].bool()),
     ]
     tolerance = TOLERANCE if runner.dtype == "float" else HALF_TOLERANCE
+    if "surgeon.quantize" in runner.facts:
+        tolerance = QUANTISED_TOLERANCE
     return compare(str(path), found, reference, given, tolerance)
 
 

@@ -1,0 +1,1 @@
+"""Weights of an emitted ONNX graph in fewer bits, with ONNX Runtime's own rounding."""
