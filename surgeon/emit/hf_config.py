@@ -102,6 +102,8 @@ def original(config: Any, model_class: type, shape: Shape) -> Candidate:
             data.setdefault("head_dim", first.qk)
     data.pop("quantization_config", None)
     data.pop("per_layer_config", None)
+    if all(c.__module__.startswith("transformers.") for c in (model_class, type(config))):
+        data.pop("auto_map", None)  # it names code that the result neither needs nor brings
     return Candidate(model_class, type(config).from_dict(data))
 
 

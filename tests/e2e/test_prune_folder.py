@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,19 @@ def test_every_architecture_is_pruned_by_a_ratio(tmp_path: Path, name: str) -> N
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
     assert type(loaded) is type(model)
     assert sum(p.numel() for p in loaded.parameters()) == report["parameters"]["total"]["after"]
+
+
+def test_a_result_that_needs_no_code_names_none(llama: Path, tmp_path: Path) -> None:
+    """Code that came with the source, such as a tokenizer's, doesn't come with the result."""
+    source = Path(shutil.copytree(llama, tmp_path / "m"))
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "own.Tokenizer"]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert surgeon("inspect", source).err.startswith("[remote-code]")
+    trusted = ("--ratio", "0.2", "--trust-remote-code")
+    ran(surgeon("prune", source, "-o", tmp_path / "o", *trusted))
+    assert "auto_map" not in json.loads((tmp_path / "o" / "config.json").read_text())
+    ran(surgeon("inspect", tmp_path / "o"))
 
 
 def test_tied_weights_are_stored_once_and_tied_when_loaded(tmp_path: Path) -> None:
