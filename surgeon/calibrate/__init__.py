@@ -1,0 +1,1 @@
+"""Calibration: what a model computes on a few texts, gathered for passes."""
