@@ -48,8 +48,8 @@ def test_texts_and_lines_of_json(tmp_path: Path, tiny_tokenizer: Any) -> None:
     text.write_text("one\n\ntwo")
     lines.write_text('{"text": "one"}\n\n"two"\n')
     options: dict[str, Any] = {"samples": 5, "length": 4}
-    found = [draw(Recipe((Piece(path),), **options), tiny_tokenizer).ids for path in (text, lines)]
-    assert np.array_equal(*found)
+    one, two = (draw(Recipe((Piece(p),), **options), tiny_tokenizer).ids for p in (text, lines))
+    assert np.array_equal(one, two)
 
 
 def test_token_ids_in_a_file(tmp_path: Path) -> None:
