@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -427,12 +428,15 @@ def in_memory(
         model_class: Any = SurgeonPrunedForCausalLM
     else:
         config, model_class = emission.candidate.config, emission.candidate.model_class
-    model = model_class(config)
     state = {
         new: final(emission, selection, get, old, dtype_of(old))
         for old, new in emission.names.items()
     }
-    model.to(next(iter(state.values())).dtype if state else torch.float32)
+    with _default_dtype(state.values()):
+        model = model_class(config)
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name in state:
+            own.data = own.data.to(state[name].dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {alias for p in all_params(model).values() for alias in p.aliases}
     if unexpected or set(missing) - tied - set(_unread(model, state)):
@@ -445,6 +449,24 @@ def in_memory(
         )
     model.tie_weights()
     return model.eval()
+
+
+@contextmanager
+def _default_dtype(tensors: Iterable[torch.Tensor]) -> Generator[None, None, None]:
+    """While active, what a model makes for itself is of the type that most of its tensors have.
+
+    So does Transformers when it loads a checkpoint.
+    """
+    weight: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            weight[tensor.dtype] = weight.get(tensor.dtype, 0) + tensor.numel()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(max(weight, key=lambda d: weight[d], default=before))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _unread(model: Any, state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -232,6 +232,12 @@ def test_mixed_element_types_are_kept(tmp_path: Path) -> None:
     surgeon.prune(folder, ratio=0.2).save(tmp_path / "o")
     stored = weights_of(tmp_path / "o")
     assert {n for n, t in stored.items() if t.dtype == torch.float32} == {"model.norm.weight"}
+    for source in (folder, model):
+        small = surgeon.prune(source, ratio=0.2).model
+        state = small.state_dict()
+        assert {n: t.dtype for n, t in state.items()} == {n: t.dtype for n, t in stored.items()}
+        assert all(torch.equal(t, stored[n]) for n, t in state.items())
+        assert {b.dtype for b in small.buffers()} == {torch.float32}  # the rotary frequencies
 
 
 def test_nothing_to_do_is_no_error() -> None:
