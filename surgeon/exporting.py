@@ -158,7 +158,7 @@ def export(
         quantize: store the weights of an ONNX graph in fewer bits: `int4`, `w8` or `int8`; see
             `Scheme`.
         block_size: neighbouring weights that share a scale; 32 without it.
-        rounding: of the weights: `nearest` or `k-quant`.
+        rounding: of the weights: `nearest`, the default, or `k-quant`.
         overwrite: replace an earlier result.
         check: run what was written and compare.
         trust_remote_code: run modelling code that comes with a checkpoint.

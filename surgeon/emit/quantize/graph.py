@@ -19,7 +19,8 @@ IDS = "input_ids"
 INTEGER = 4
 """The accuracy level of MatMulNBits that rounds activations to 8 bits, block by block, on a CPU.
 
-Measured there: three times as fast with 4 bits and sixty times with 8, at 0.4 % of perplexity.
+Measured there: three times as fast with 4 bits and sixty times with 8, for half a per cent of
+perplexity.
 """
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

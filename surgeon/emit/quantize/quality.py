@@ -116,6 +116,10 @@ def notes(found: Quantised, quality: Quality | None) -> list[str]:
             "int8 is for the CPU: ONNX Runtime has no CUDA kernel for products of integers "
             "(MatMulInteger); for CUDA take --quantize w8 or int4"
         )
+        said.append(
+            "int8 rounds a whole activation with one scale, which outliers spoil; w8 computes in 8 "
+            "bits on the CPU too, with a scale for every block"
+        )
     return said
 
 

@@ -14,7 +14,11 @@ BLOCKS = (16, 32, 64, 128, 256)
 
 BLOCK_SIZE = 32
 
-ROUNDINGS = ("k-quant", "nearest")
+ROUNDINGS = ("nearest", "k-quant")
+"""ONNX Runtime's, without those that can't serve here: HQQ's zero points are floats, with which the
+CPU kernel takes sixty times as long and a lookup has no kernel; GPTQ (in 1.31) passes errors on
+through the lower half of an upper triangular factor, which is zero, and so rounds to the nearest.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Grid:
 
     bits: int
     block_size: int = BLOCK_SIZE
-    rounding: str = "k-quant"
+    rounding: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -31,19 +35,21 @@ class Scheme:
     """How weights are stored.
 
     Attributes:
-        name: `int4` and `w8` store weights in 4 or 8 bits and compute in the graph's element type;
-            `int8` computes in 8 bits too, with activations rounded as they come, on the CPU only.
+        name: `int4` and `w8` store weights in 4 or 8 bits and compute in the graph's element type,
+            on a CPU in 8 bits with a scale for every block of an activation; `int8` computes in 8
+            bits with one scale for a whole activation, and on a CPU only.
         block_size: neighbouring weights of a row that share a scale and a zero point. Where a row
             is no multiple of it, the last block is filled up with zeros.
         rounding: `nearest` spreads the levels from the smallest to the largest weight of a block;
-            `k-quant` searches for the scale and zero point of the least error. Neither needs data.
+            `k-quant` searches for the scale and zero point of the least error, in twenty times
+            the time. Neither needs data.
         table_bits: bits of the embedding and of a head that shares its table, which are worth
             more than the layers'.
     """
 
     name: str
     block_size: int = BLOCK_SIZE
-    rounding: str = "k-quant"
+    rounding: str = "nearest"
     table_bits: int = 8
 
     def __post_init__(self) -> None:
