@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgeon.commands import see
+from surgeon.commands import graph, see
 from surgeon.commands.arguments import JsonOption, ModelArg, RemoteOption
 from surgeon.errors import Code, SurgeonError
 
@@ -139,10 +139,24 @@ def _print_verification(found: Any) -> None:
         )
 
 
+def _calibration(sources: list[str], samples: int, length: int, seed: int) -> Any:
+    """Returns the recipe of calibration data, or None where no source is named."""
+    from surgeon.calibrate.data import Piece, Recipe
+
+    pieces: list[Piece] = []
+    for source in sources:
+        name, sign, weight = source.rpartition("=")
+        try:
+            pieces.append(Piece(name, float(weight)) if sign else Piece(source))
+        except ValueError:
+            pieces.append(Piece(source))  # the name itself has an equals sign
+    return Recipe(tuple(pieces), samples, length, seed) if pieces else None
+
+
 def _only_replays(context: typer.Context) -> None:
     """Refuses options that would make another plan than the one that is replayed."""
-    making = ("ratio", "role", "freeze", "only", "score", "select", "score_option")
-    for name in (*making, "select_option", "seed"):
+    making = ("ratio", "role", "freeze", "only", "score", "select", "score_option", "seed")
+    for name in (*making, "select_option", "compensate", "compensate_option", "calibration"):
         source = context.get_parameter_source(name)
         if source is not None and not source.name.startswith("DEFAULT"):
             option = "--" + name.replace("_", "-")
@@ -183,6 +197,18 @@ def prune(
     select_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the selection pass")
     ] = None,
+    compensate: Annotated[
+        list[str] | None, typer.Option(help="compensation pass; several go in this order")
+    ] = None,
+    compensate_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the compensation passes")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="text, .jsonl, .npy of token ids or datasets:NAME; FILE=WEIGHT mixes"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="windows of calibration data")] = 64,
+    length: Annotated[int, typer.Option(help="tokens in such a window")] = 512,
     plan: Annotated[
         Path | None, typer.Option(help="replay a plan (plan.json or a pruned folder)")
     ] = None,
@@ -231,6 +257,9 @@ def prune(
         select=select,
         score_options=_options(score_option or [], "--score-option"),
         select_options=_options(select_option or [], "--select-option"),
+        compensate=compensate or (),
+        compensate_options=_options(compensate_option or [], "--compensate-option"),
+        calibration=_calibration(calibration or [], samples, length, seed),
         plan=replayed,
         rewrites=rewrites,
         seed=seed,
@@ -253,6 +282,7 @@ def prune(
 
 
 see.add(app)
+app.command()(graph.graph)
 
 
 @app.command()

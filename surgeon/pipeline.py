@@ -20,13 +20,13 @@ from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
 from surgeon.opening import Model, open_model
-from surgeon.plugin import Context
-from surgeon.registry import build
+from surgeon.planning import Passes, planned
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from surgeon.calibrate.data import Recipe
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
     from surgeon.report.verify import Verification
@@ -200,8 +200,11 @@ def prune(
     only: Iterable[str] = (),
     score: str = "magnitude",
     select: str = "uniform",
+    compensate: Sequence[str] = (),
     score_options: Mapping[str, Any] | None = None,
     select_options: Mapping[str, Any] | None = None,
+    compensate_options: Mapping[str, Any] | None = None,
+    calibration: Recipe | None = None,
     plan: Plan | None = None,
     rewrites: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -222,8 +225,11 @@ def prune(
         only: globs over axes and module paths; nothing else is pruned.
         score: a score pass.
         select: a selection pass.
+        compensate: compensation passes, in this order.
         score_options: the score pass's options.
         select_options: the selection pass's options.
+        compensate_options: those of the compensation passes, the same for all.
+        calibration: the data for passes that need activations.
         plan: replay this plan instead of making one.
         rewrites: full-size tensors that belong to a replayed plan.
         seed: for passes that draw at random.
@@ -265,8 +271,13 @@ def prune(
     if plan is None:
         axes, branches = allowed(origin.axes, freeze, only)
         budget = Budget(ratio, roles, decoder_params(origin.axes), axes, branches)
-        plan = _select(
-            origin, budget, (score, score_options), (select, select_options), seed, recipe, notes
+        passes = Passes.of(
+            (score, score_options or {}),
+            (select, select_options or {}),
+            [(name, compensate_options or {}) for name in compensate],
+        )
+        plan, rewrites = planned(
+            origin, passes, budget, recipe, calibration=calibration, seed=seed, notes=notes
         )
     else:
         recipe.append({"pass": "replay", "options": {"source": dict(plan.source)}})
@@ -286,57 +297,6 @@ def prune(
         found = result.verify()
         result = replace(result, report=replace(report, verification=found.to_json()))
     return result
-
-
-def _select(
-    origin: Model,
-    budget: Budget,
-    score: tuple[str, Mapping[str, Any] | None],
-    select: tuple[str, Mapping[str, Any] | None],
-    seed: int,
-    recipe: list[dict[str, Any]],
-    notes: list[str],
-) -> Plan:
-    scorer: Any = build("score", score[0], score[1] or {})
-    selector: Any = build("select", select[0], select[1] or {})
-    context = Context(origin.axes, origin.read, seed=seed, notes=notes)
-    spent = [0.0]
-
-    def scores(names: Iterable[str]) -> Mapping[str, Any]:
-        begin = time.perf_counter()
-        wanted = tuple(names)
-        found = scorer.score(replace(context, targets=wanted))
-        _check_scores(origin.axes, score[0], wanted, found)
-        spent[0] += time.perf_counter() - begin
-        return found
-
-    start = time.perf_counter()
-    plan = selector.select(context, scores, budget)
-    whole = time.perf_counter() - start
-    recipe.append({"pass": f"score/{score[0]}", "options": asdict(scorer), "seconds": spent[0]})
-    options = {**asdict(selector), "ratio": budget.ratio, "roles": dict(budget.roles)}
-    recipe.append({"pass": f"select/{select[0]}", "options": options, "seconds": whole - spent[0]})
-    return plan
-
-
-def _check_scores(axes: Axes, name: str, wanted: tuple[str, ...], found: Mapping[str, Any]) -> None:
-    import numpy as np
-
-    for target in wanted:
-        array = found.get(target)
-        axis = axes.by_name.get(target)
-        ok = array is not None and bool(np.isfinite(array).all())
-        if array is not None and ok and axis is not None:
-            outer = tuple(axes.by_name[o].size for o in axis.outer)
-            ok = array.shape in ((axis.size,), (*outer, axis.size))
-        if not ok:
-            raise SurgeonError(
-                Code.BAD_PLAN,
-                f"score/{name} gave no usable scores for {target}",
-                at=target,
-                why="scores must be finite numbers, one for each index",
-                try_="check the weights for NaN, and the pass",
-            )
 
 
 def _report(

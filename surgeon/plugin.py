@@ -10,14 +10,15 @@ command-line options.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.axes.budget import Budget, count
 from surgeon.axes.channels import occurrences
+from surgeon.axes.consumers import Consumer, consumers
 from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, merged
 from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
@@ -36,8 +37,10 @@ __all__ = [
     "Axis",
     "Branch",
     "Budget",
+    "Calibration",
     "Code",
     "CompensatePass",
+    "Consumer",
     "Context",
     "Cut",
     "Pass",
@@ -47,6 +50,7 @@ __all__ = [
     "Selection",
     "SurgeonError",
     "TransformPass",
+    "consumers",
     "count",
     "counts",
     "cut",
@@ -54,6 +58,20 @@ __all__ = [
     "occurrences",
     "operate",
 ]
+
+
+class Calibration(Protocol):
+    """What a model computes on calibration data; the driver makes one for passes that need it."""
+
+    def moments(self, params: Sequence[str]) -> Mapping[str, Any]:
+        """Returns the moments of these parameters' inputs."""
+        ...
+
+    def sequential(
+        self, plan: Plan, params: Sequence[str], solve: Callable[[str, Any], Any]
+    ) -> Mapping[str, Any]:
+        """Returns the parameters solved for, in the program's order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,11 +90,41 @@ class Context:
     targets: tuple[str, ...] = ()
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
+    calibration: Calibration | None = None
 
     @property
     def program(self) -> Program:
         """The captured program: operations and parameters as metadata, no tensors."""
         return self.axes.program
+
+    def moments(self, params: Iterable[str]) -> Mapping[str, Any]:
+        """Returns by parameter the `Moments` of its input in the dense model.
+
+        For passes that need `activations: second moment`.
+        """
+        assert self.calibration is not None, "the driver supplies what a pass says it needs"
+        return self.calibration.moments(tuple(params))
+
+    def sequential(
+        self, plan: Plan, params: Iterable[str], solve: Callable[[str, Any], Any]
+    ) -> Mapping[str, Any]:
+        """Returns what `solve` makes of each parameter and its `Pair` of inputs, in program order.
+
+        For passes that need `activations: sequential`. A `Pair` holds what the parameter's input
+        is in the dense model and in the pruned one, whose earlier parameters are replaced already.
+        """
+        assert self.calibration is not None, "the driver supplies what a pass says it needs"
+        return self.calibration.sequential(plan, tuple(params), solve)
+
+    def unable(self, target: str, why: str) -> SurgeonError:
+        """Returns the refusal of a pass that can't treat an axis or a branch."""
+        return SurgeonError(
+            Code.BAD_OPTION,
+            f"the pass can't treat {target}",
+            at=target,
+            why=why,
+            try_="another pass for its role, or --freeze it",
+        )
 
 
 class Pass(ABC):  # noqa: B024  (each kind adds the method that it is called by)

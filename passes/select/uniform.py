@@ -78,7 +78,7 @@ class Uniform(SelectPass):
             if not axes:
                 raise _nothing(context, role, budget)
             for axis in axes:
-                gone = self._rounded(role, axis, share)
+                gone = self._rounded(role, axis, share, budget)
                 if gone >= axis.size:
                     raise SurgeonError(
                         Code.EMPTY_AXIS,
@@ -91,10 +91,12 @@ class Uniform(SelectPass):
                 keep[axis.name] = axis.size - gone
         return keep
 
-    def _rounded(self, role: str, axis: Axis, share: float) -> int:
+    def _rounded(self, role: str, axis: Axis, share: float, budget: Budget) -> int:
         gone = round(share * axis.size)
-        if gone and role in ("ffn", "hidden") and self.multiple_of > 1:
-            kept = max(1, round((axis.size - gone) / self.multiple_of)) * self.multiple_of
+        own = self.multiple_of if role in ("ffn", "hidden") else 1
+        multiple = math.lcm(own, budget.multiple_of.get(axis.name, 1))
+        if gone and multiple > 1:
+            kept = max(1, round((axis.size - gone) / multiple)) * multiple
             gone = axis.size - min(kept, axis.size)
         return gone
 
@@ -174,12 +176,12 @@ class Uniform(SelectPass):
         axes = self._axes(context, role, budget)
         largest = max(a.size for a in axes)
         return [
-            {a.name: a.size - self._gone(role, a, gone / largest) for a in axes}
+            {a.name: a.size - self._gone(role, a, gone / largest, budget) for a in axes}
             for gone in range(1, self._last(context, budget, role) + 1)
         ]
 
-    def _gone(self, role: str, axis: Axis, share: float) -> int:
-        return min(self._rounded(role, axis, share), axis.size - 1)
+    def _gone(self, role: str, axis: Axis, share: float, budget: Budget) -> int:
+        return min(self._rounded(role, axis, share, budget), axis.size - 1)
 
     def _tried(
         self,
@@ -194,7 +196,7 @@ class Uniform(SelectPass):
         largest = max(a.size for a in axes)
 
         def at(gone: int) -> Tried:
-            own = {a.name: a.size - self._gone(role, a, gone / largest) for a in axes}
+            own = {a.name: a.size - self._gone(role, a, gone / largest, budget) for a in axes}
             trial = {**keep, **own}
             return trial, self._removed(context, budget, trial, branches)
 

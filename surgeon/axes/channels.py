@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.plan import Plan, Selection
-from surgeon.axes.space import Factor, Sum
+from surgeon.axes.space import Expr, Factor, Sum
 
 Layout = list[Factor]
 
@@ -29,6 +33,19 @@ def occurrences(axes: Axes, axis: Axis, param: str, tensor: Any) -> Iterator[Any
     view = tensor.reshape([selection.full_width((factor,)) for factor in layout] or [1])
     walk = _Walk(axes, selection, axis)
     yield from walk.places(view, layout, range(len(layout)))
+
+
+def along(axes: Axes, axis: Axis, expr: Expr) -> Iterator[NDArray[np.int64]]:
+    """Yields, for every place where a dimension carries an axis, its indices there.
+
+    Each array has shape `[*outer sizes, size, rest]` as in `occurrences` and holds places along
+    the dimension that `expr` describes.
+    """
+    selection = Selection(axes, Plan())
+    layout: Layout = list(expr)
+    sizes = [selection.full_width((factor,)) for factor in layout]
+    view = np.arange(prod(sizes)).reshape(sizes or [1])
+    yield from _Walk(axes, selection, axis).places(view, layout, range(len(layout)))
 
 
 class _Walk:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from surgeon.axes.consumers import contractions
 from surgeon.calibrate.segments import Segment, segments
 from surgeon.errors import Code, SurgeonError
-from surgeon.ir import ParamRef, Program, Ref
+from surgeon.ir import Program
 from surgeon.runtime.lower import lower
 
 Get = Callable[[str], torch.Tensor]
@@ -17,43 +18,6 @@ Get = Callable[[str], torch.Tensor]
 
 TOKENS = 4096
 """Tokens that go through a piece at a time: what activations take is bounded by this."""
-
-_CONTRACT = {
-    "aten.linear.default": (0, 1, 1),
-    "aten.addmm.default": (1, 2, 0),
-    "aten.matmul.default": (0, 1, 0),
-    "aten.mm.default": (0, 1, 0),
-}
-"""Operations that sum over the last dimension of an operand against a parameter: which operand,
-which parameter, and which of its dimensions is summed over."""
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A parameter that inputs are multiplied with.
-
-    Attributes:
-        param: its name.
-        dim: its dimension that is summed over.
-        value: the value whose last dimension is summed over.
-    """
-
-    param: str
-    dim: int
-    value: str
-
-
-def contractions(program: Program) -> tuple[Contraction, ...]:
-    """Returns every product of a value with a parameter, in order."""
-    found: list[Contraction] = []
-    for op in program.ops:
-        places = _CONTRACT.get(op.target)
-        if places is None:
-            continue
-        value, param, dim = op.arg(places[0]), op.arg(places[1]), places[2]
-        if isinstance(value, Ref) and isinstance(param, ParamRef):
-            found.append(Contraction(param.name, dim, value.name))
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -146,7 +110,7 @@ def observe(
             if wanted is None or c.param in wanted
         }
         values = tuple(dict.fromkeys(tapped.values()))
-        module = lower(_returning(piece.program, values), get)
+        module = lower(returning(piece.program, values), get)
         sums: dict[str, _Sums] = {}
         for i, batch in enumerate(batches):
             state = states[i]
@@ -164,10 +128,8 @@ def observe(
         yield Seen(piece, {param: done[value] for param, value in tapped.items()})
 
 
-def _returning(program: Program, values: Sequence[str]) -> Program:
+def returning(program: Program, values: Sequence[str]) -> Program:
     """Returns the program with some of its values as further outputs."""
-    from dataclasses import replace
-
     return replace(program, outputs=(*program.outputs, *values))
 
 

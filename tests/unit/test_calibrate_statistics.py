@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from surgeon.axes.consumers import contractions
 from surgeon.calibrate.segments import segments
-from surgeon.calibrate.statistics import contractions, observe
+from surgeon.calibrate.statistics import observe
 from surgeon.errors import SurgeonError
 from surgeon.opening import open_model
 from surgeon.runtime.lower import lower

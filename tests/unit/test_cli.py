@@ -15,9 +15,12 @@ from tests.command import ROOT, Outcome, checkpoint, python, surgeon, weights_of
 COMMANDS = {
     "prune": (
         "--output --to --ratio --role --freeze --only --score --select --score-option "
-        "--select-option --plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
+        "--select-option --compensate --compensate-option --calibration --samples --length "
+        "--plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
     ),
-    "inspect": "--json --trust-remote-code",
+    "inspect": "--layer --role --param --json --trust-remote-code",
+    "explain": "--channel --json --trust-remote-code",
+    "diff": "--source --json --trust-remote-code",
     "ir": "--trust-remote-code",
     "verify": "--source --json --trust-remote-code",
     "export": "--to --output --style --dtype --positions --overwrite --no-check "
@@ -134,10 +137,10 @@ def test_inspect_prints_the_documented_json(llama: Path) -> None:
     assert roles[f"{here}/kv_heads"] == ("kv_heads", 3, here)
 
 
-def test_inspect_prints_tables(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_prints_a_tree(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     shown = ran(surgeon("inspect", llama)).out
-    for text in ("model.layers.*.mlp/ffn", "any invertible map", "model.layers.*/attention"):
+    for text in ("layers 0–1, each", "mlp/ffn: 80 channels", "any invertible map", "attention: a"):
         assert text in shown
 
 
