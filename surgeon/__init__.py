@@ -14,11 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgeon.axes import Axes, Axis, analyse
+    from surgeon.axes import Axes, Axis
     from surgeon.axes.plan import Plan
     from surgeon.errors import Code, SurgeonError
     from surgeon.ir import Program
     from surgeon.pipeline import Model, Pruned, Report, capture, open_model, prune, verify
+    from surgeon.viewing import analyse
 
 _HOME = {
     "Axes": "surgeon.axes",
@@ -30,7 +31,7 @@ _HOME = {
     "Pruned": "surgeon.pipeline",
     "Report": "surgeon.pipeline",
     "SurgeonError": "surgeon.errors",
-    "analyse": "surgeon.axes",
+    "analyse": "surgeon.viewing",
     "capture": "surgeon.pipeline",
     "open_model": "surgeon.pipeline",
     "prune": "surgeon.pipeline",

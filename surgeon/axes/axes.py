@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from surgeon.axes.analysis import Facts
+    from surgeon.axes.explain import Explanation
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,9 @@ class Member:
 
     param: str
     dim: int
+
+    def __str__(self) -> str:
+        return f"{self.param}:{self.dim}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,14 @@ class Axis:
         """Whether removing it gives what masking gives."""
         return not self.inexact
 
+    def __str__(self) -> str:
+        return self.name
+
+    def _repr_html_(self) -> str:
+        from surgeon.axes.words import axis_html
+
+        return axis_html(self)
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -96,7 +108,13 @@ class Axes:
 
     @cached_property
     def graph(self) -> nx.Graph[Any]:
-        """The coupling graph: its components are the axes, its shortest paths the proofs."""
+        """The coupling graph: its components are the axes, its shortest paths the proofs.
+
+        A plain `networkx.Graph`. A node is a `surgeon.axes.graph.Place` (`tensor`, `dim`,
+        `position`): `$name` is a parameter, `%name` a value. Node attribute `axis` is the number
+        of its axis (`numbered[n]` is the `Axis`; a dynamic size has none). Edge attribute `op` is
+        the index in `program.ops` of the operation that makes both ends one axis.
+        """
         from surgeon.axes.graph import coupling_graph
 
         return coupling_graph(self.facts)
@@ -137,6 +155,40 @@ class Axes:
                 try_=near(name, self.by_name),
             )
         return self.by_name[name]
+
+    def axis(self, name: str) -> Axis:
+        """Returns the axis that a name, a unique end or part of one, or a glob stands for.
+
+        Raises:
+            SurgeonError: `no-such-axis`, with the nearest names, or all that it could be.
+        """
+        from surgeon.axes.names import find_axis
+
+        return find_axis(self, name)
+
+    def members(self, name: str) -> tuple[Member, ...]:
+        """Returns the parameter dimensions that carry an axis, found as by `axis`."""
+        return self.axis(name).members
+
+    def explain(self, a: str, b: str | None = None, *, channel: int | None = None) -> Explanation:
+        """Returns why `a` and `b` are coupled; of `a` alone what goes with it and what pins it.
+
+        Args:
+            a: an axis, or a dimension of a parameter such as `layers.3.self_attn.k_proj.weight:0`.
+            b: another one.
+            channel: the index that goes.
+
+        Raises:
+            SurgeonError: `no-such-axis` or `bad-option`.
+        """
+        from surgeon.axes.explain import explain
+
+        return explain(self, a, b, channel=channel)
+
+    def _repr_html_(self) -> str:
+        from surgeon.axes.words import axes_html
+
+        return axes_html(self)
 
     def param_dims(self, param: str) -> tuple[Expr, ...]:
         """Returns a parameter's dimensions as expressions."""
