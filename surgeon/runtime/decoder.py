@@ -389,8 +389,8 @@ def _off_cuda(graph: OpenGraph, signature: Signature) -> OpenGraph:
             Code.RUNTIME_FAILED,
             "this graph is not made for CUDA",
             at=str(graph.path),
-            why=f"it is in fp32, and {clash}",
-            try_="export with --dtype fp16, or with --style standard; or --device cpu",
+            why=clash,
+            try_="export with --dtype fp16 (quantised: w8 or int4), or take --device cpu",
         )
     return replace(open_graph(graph.path, device="cpu", threads=graph.threads), note=clash)
 

@@ -52,6 +52,8 @@ class Signature:
     """Element types of the inputs, by name."""
     style: str | None
     """`ort` or `standard`, where the graph is Surgeon's."""
+    quantised: str | None = None
+    """`int8`, `int4` or `w8`, where it is quantised."""
 
     @property
     def shared(self) -> bool:
@@ -61,9 +63,16 @@ class Signature:
     @property
     def no_cuda(self) -> str | None:
         """Why this graph should not run on CUDA, or None if it may."""
+        if self.quantised == "int8":
+            return (
+                "its dynamic 8-bit products have no kernel for CUDA, so they would run on the CPU"
+            )
         if self.dtype != "fp32" or not any(slot.shared for slot in self.slots):
             return None
-        return "GroupQueryAttention has no fp32 kernel for CUDA, so attention would run on the CPU"
+        return (
+            "it is in fp32, in which GroupQueryAttention has no kernel for CUDA: attention would "
+            "run on the CPU"
+        )
 
 
 def is_cached(graph: OpenGraph) -> bool:
@@ -106,6 +115,7 @@ def read_signature(graph: OpenGraph) -> Signature:
         vocab=vocab if isinstance(vocab, int) else None,
         types=graph.types,
         style=said.get("surgeon.style"),
+        quantised=said.get("surgeon.quantize"),
     )
 
 

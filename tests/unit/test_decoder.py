@@ -343,7 +343,7 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(tmp_path):
     follow(decoder, tiny, cache, ROWS[:1], 3)
 
 
-def test_a_graph_in_fp32_whose_attention_has_no_cuda_kernel(files, monkeypatch):
+def test_graphs_that_have_no_kernels_for_cuda(files, tmp_path, monkeypatch):
     from surgeon.runtime import decoder as module
     from surgeon.runtime.graph_file import open_graph
 
@@ -357,6 +357,11 @@ def test_a_graph_in_fp32_whose_attention_has_no_cuda_kernel(files, monkeypatch):
     taken = Decoder(files["shared"], device="auto")
     assert taken.device == "cpu" and "GroupQueryAttention" in taken.note
     assert Decoder(files["passed on"], device="cuda").device == "cuda"
+    tiny = KINDS["passed on"]
+    said = {**told(tiny), "surgeon.quantize": "int8"}
+    dynamic = write(tmp_path / "m.onnx", tiny, metadata=said)
+    assert "8-bit" in refused(Code.RUNTIME_FAILED, Decoder, dynamic, device="cuda").why
+    assert Decoder(dynamic, device="auto").device == "cpu"
 
 
 # --- graphs from elsewhere -----------------------------------------------------------------------
