@@ -205,7 +205,7 @@ def _stock(
         if found.type.shape != size:
             raise Refused(f"{name} would be {list(found.type.shape)}, it is {list(size)}")
     try:
-        have = capture_model(model).program
+        have = capture_model(model, dynamic=False).program
     except SurgeonError as error:
         raise Refused(f"its model can't be captured ({_line(error)})") from error
     missing = [p.name for p in have.params if p.kind == "parameter" and p.name not in wanted]

@@ -25,6 +25,15 @@ def llama(tiny) -> Program:
     return capture_model(tiny("Llama")).program
 
 
+def test_without_open_sizes_it_is_the_same_program(llama: Program):
+    from tests.models import tiny
+
+    fixed = capture_model(tiny("Llama"), dynamic=False).program
+    assert fixed.params == llama.params and not fixed.symbols
+    assert [op.target for op in fixed.ops] == [op.target for op in llama.ops]
+    assert [op.kwargs for op in fixed.ops] == [op.kwargs for op in llama.ops]
+
+
 def test_the_inputs_are_dynamic_in_batch_and_sequence(llama: Program):
     assert llama.symbols == ("batch", "seq")
     assert [(i.name, i.type.dtype, i.type.shape) for i in llama.inputs] == [
