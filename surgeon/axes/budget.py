@@ -23,6 +23,8 @@ class Budget:
         counted: parameters that the ratio is a share of.
         axes: names of the axes that may be cut.
         branches: names of the branches that may be dropped.
+        multiple_of: by axis name, what the target wants its kept count to be a multiple of; an
+            axis that isn't named may keep any number.
     """
 
     ratio: float | None = None
@@ -30,6 +32,7 @@ class Budget:
     counted: tuple[str, ...] = ()
     axes: frozenset[str] = frozenset()
     branches: frozenset[str] = frozenset()
+    multiple_of: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def decoder_params(axes: Axes) -> tuple[str, ...]:

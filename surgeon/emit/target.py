@@ -32,6 +32,11 @@ def anything(axes: Axes, plan: Plan) -> list[Refusal]:
     return []
 
 
+def any_size(axes: Axes) -> Mapping[str, int]:
+    """Wants no axis to keep a multiple of anything."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Target:
     """A form that a program can be written in.
@@ -46,6 +51,8 @@ class Target:
         write: called with the program after the plan, its weights by parameter name, the path,
             and what the target asks for by keyword; writes aside and renames.
         rules: the reasons why a plan can't be expressed; none where it can.
+        multiple_of: by axis name, what the number of indices that are kept should be a multiple
+            of; selection rounds to it. Asked before there is a plan.
     """
 
     name: str
@@ -53,6 +60,7 @@ class Target:
     suffix: str
     write: Callable[..., Any]
     rules: Callable[[Axes, Plan], list[Refusal]] = anything
+    multiple_of: Callable[[Axes], Mapping[str, int]] = any_size
 
     def refuse(self, axes: Axes, plan: Plan) -> list[Refusal]:
         """Returns why the plan can't be expressed; nothing where it can."""
