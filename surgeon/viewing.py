@@ -58,6 +58,8 @@ class _Given:
         """Whether the plan was made for this model."""
         if self.plan is None:
             return False
+        if not self.plan.source:  # made from a configuration: for any model that it fits
+            return True
         recorded, own = dict(self.plan.source), model.fingerprint()
         if own and recorded.get("fingerprint"):
             return own == recorded["fingerprint"]

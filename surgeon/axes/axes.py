@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from surgeon.axes.analysis import Facts
-    from surgeon.axes.explain import Explanation
+    from surgeon.axes.explanation import Explanation
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from surgeon.axes.costs import Cost
 
 if TYPE_CHECKING:
     from surgeon.axes.axes import Axes, Axis
-    from surgeon.axes.explain import About, Chain, Explanation, Link, Lost, Pin
+    from surgeon.axes.explanation import About, Chain, Explanation, Link, Lost, Pin
 
 _FEW = 12
 """So many tensors are listed one by one; more are counted."""
@@ -86,14 +86,15 @@ def explanation_text(found: Explanation) -> str:
     else:
         lines += [f"{found.a} and {found.b} are not coupled", ""]
     lines += found.notes
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip()
 
 
 def _steps(links: Sequence[Link]) -> Iterable[str]:
     names = max((len(link.short) for link in links), default=0)
     for place, link in enumerate(links, 1):
-        yield f"  {place:>2} {link.short:<{names}}  {link.source or link.where}  {link.says}"
-        yield f"     {'':<{names}}  → {link.right}"
+        yield f"  {place:>2} {link.short:<{names}}  {link.source or link.where} → {link.right}"
+        if link.says:
+            yield f"     {'':<{names}}  {link.says}"
 
 
 def _chain(chain: Chain) -> Iterable[str]:

@@ -77,7 +77,7 @@ def explain(
     if as_json:
         _print_json(found.to_json())
     else:
-        typer.echo(str(found), nl=False)
+        typer.echo(str(found))
 
 
 def diff(
