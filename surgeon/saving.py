@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon.axes.plan import Plan
+from surgeon.axes.plan import Plan, dropped
 from surgeon.capture.configs import config_and_class, read_config
 from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
@@ -18,6 +19,7 @@ from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
 from surgeon.emit.target import find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
+from surgeon.report.page import report_page
 from surgeon.runtime.logits import positions_of
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 PLAN_FILE = "plan.json"
 REWRITES_FILE = "plan.safetensors"
 REPORT_FILE = "surgeon.json"
+PAGE_FILE = "report.html"
 
 
 def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
@@ -79,7 +82,7 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
             seconds["verify"] = time.perf_counter() - start
             report = replace(report, verification=found.to_json())
         report = replace(report, seconds=seconds)
-        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        _write_report(folder, pruned, report)
     return report
 
 
@@ -109,6 +112,15 @@ def _write_plan(folder: Path, pruned: Pruned) -> None:
             for name, t in sorted(pruned.rewrites.items())
         ]
         write_safetensors_file(folder / REWRITES_FILE, specs, metadata={"format": "pt"})
+
+
+def _write_report(folder: Path, pruned: Pruned, report: Report) -> None:
+    """Writes what the prune did, for programs and for people."""
+    (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+    gone, axes = dropped(pruned.axes, pruned.plan), pruned.axes.axes
+    names = {axis.name for axis in axes if all(m.param in gone for m in axis.members)}
+    page = report_page(json.loads(report.to_json()), names)
+    (folder / PAGE_FILE).write_text(page, encoding="utf-8")
 
 
 def read_plan(path: Path) -> tuple[Plan, dict[str, torch.Tensor]]:
@@ -299,5 +311,5 @@ def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) ->
             found = {"name": target.name, "bytes": size, "dtype": "float32"}
             report = replace(report, target=found)
         _write_plan(folder, pruned)
-        (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+        _write_report(folder, pruned, report)
     return report

@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "--layer --role --param --json --trust-remote-code",
     "explain": "--channel --json --trust-remote-code",
     "diff": "--source --json --trust-remote-code",
+    "graph": "--output --of --within --layout --source --overwrite --trust-remote-code",
     "ir": "--trust-remote-code",
     "verify": "--source --json --trust-remote-code",
     "export": "--to --output --style --dtype --positions --overwrite --no-check "

@@ -355,6 +355,7 @@ def test_a_pruned_module_is_saved_as_a_program(net: Net, tmp_path: Path) -> None
     assert {p.name for p in (tmp_path / "o").iterdir()} == {
         "model.pt2",
         "plan.json",
+        "report.html",
         "surgeon.json",
     }
     assert report.target["name"] == "pt2"
