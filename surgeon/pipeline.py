@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -125,7 +125,7 @@ class Pruned:
 
             # What is whole may be the source's own memory, which the result must not share.
             return lower(self.program, lambda name: self.tensor(name).clone())
-        from surgeon.emit.huggingface import in_memory
+        from surgeon.emit.in_memory import in_memory
 
         return in_memory(self.emission, self.selection, self.full, self.origin.dtype)
 
@@ -150,7 +150,7 @@ class Pruned:
         masked_model = self.masked
         if self.is_graph:
             return v.check_program(self.program, self.model, masked_model, self.axes, self.plan)
-        from surgeon.emit.huggingface import in_memory
+        from surgeon.emit.in_memory import in_memory
 
         wide = in_memory(self.emission, self.selection, self.full, lambda _: torch.float32)
         source = self._source()
@@ -267,10 +267,12 @@ def prune(
         origin.source.weights.check(origin.program.params)
     recipe: list[dict[str, Any]] = []
     notes: list[str] = []
+    multiples = _multiples(origin, target)
     start = time.perf_counter()
     if plan is None:
         axes, branches = allowed(origin.axes, freeze, only)
-        budget = Budget(ratio, roles, decoder_params(origin.axes), axes, branches)
+        counted = decoder_params(origin.axes)
+        budget = Budget(ratio, roles, counted, axes, branches, multiples())
         passes = Passes.of(
             (score, score_options or {}),
             (select, select_options or {}),
@@ -287,16 +289,27 @@ def prune(
         plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = _report(origin, plan, recipe, notes, ratio, seconds)
-    if target != "transformers":
-        from surgeon.emit.target import get_target
-
-        get_target(target)
     result = Pruned(origin, plan, report, dict(rewrites or {}), target)
     verify_program(result.program)
     if verify and origin.tensors is not None and not plan.empty:
         found = result.verify()
         result = replace(result, report=replace(report, verification=found.to_json()))
     return result
+
+
+def _multiples(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
+    """Returns what tells, when asked, which multiples a target wants; refuses an unknown one."""
+    if target != "transformers":
+        from surgeon.emit.target import get_target
+
+        found = get_target(target)
+        return lambda: found.multiple_of(origin.axes)
+    source = origin.source
+    if source is None:
+        return dict[str, int]
+    from surgeon.emit.huggingface import multiple_of
+
+    return lambda: multiple_of(origin.axes, source.config, source.model_class)
 
 
 def _report(

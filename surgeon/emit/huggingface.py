@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.branches import ATTENTION
-from surgeon.axes.plan import Plan, Selection, dropped
+from surgeon.axes.plan import Plan, Selection, cut, dropped
 from surgeon.axes.space import Expr, leaves
 from surgeon.axes.surgery import share_of
 from surgeon.capture.model import all_params, capture_model
@@ -189,21 +188,7 @@ def _stock(
     buffers: Mapping[str, torch.Tensor],
 ) -> Emission:
     """Returns the emission if the candidate's own model is the pruned one, part by part."""
-    try:
-        with torch.device("meta"):
-            model = candidate.model_class(candidate.config)
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        raise Refused(f"its model can't be built ({_line(error)})") from error
-    model.tie_weights()
-    every = all_params(model)
-    alias = {a: p.name for p in every.values() for a in p.aliases}
-    wanted = {alias.get(new, new): selection.shape(old) for old, new in names.items()}
-    for name, size in wanted.items():
-        found = every.get(name)
-        if found is None or found.kind not in ("parameter", "buffer"):
-            raise Refused(f"it has no parameter {name}")
-        if found.type.shape != size:
-            raise Refused(f"{name} would be {list(found.type.shape)}, it is {list(size)}")
+    model, wanted = described(selection, names, candidate)
     try:
         have = capture_model(model, dynamic=False).program
     except SurgeonError as error:
@@ -221,6 +206,63 @@ def _stock(
             "stay what they were with the channels masked"
         )
     return Emission(candidate, names, scales, None, tuple(notes))
+
+
+def described(
+    selection: Selection, names: Mapping[str, str], candidate: Candidate
+) -> tuple[Any, Mapping[str, tuple[int, ...]]]:
+    """Returns a candidate's model without values, and the shapes that its parameters have to have.
+
+    Raises:
+        Refused: its class can't be built, or has other parameters.
+    """
+    try:
+        with torch.device("meta"):
+            model = candidate.model_class(candidate.config)
+    except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise Refused(f"its model can't be built ({_line(error)})") from error
+    model.tie_weights()
+    every = all_params(model)
+    alias = {a: p.name for p in every.values() for a in p.aliases}
+    wanted = {alias.get(new, new): selection.shape(old) for old, new in names.items()}
+    for name, size in wanted.items():
+        found = every.get(name)
+        if found is None or found.kind not in ("parameter", "buffer"):
+            raise Refused(f"it has no parameter {name}")
+        if found.type.shape != size:
+            raise Refused(f"{name} would be {list(found.type.shape)}, it is {list(size)}")
+    return model, wanted
+
+
+def multiple_of(axes: Axes, config: Any, model_class: type) -> dict[str, int]:
+    """Returns what the residual width should be a multiple of, by axis, for a stock class.
+
+    Some configurations refuse widths that the heads don't divide. None says so: it is found by
+    asking for a width that they don't divide, and for one that they do.
+    """
+    hidden, layers = axes.of_role("hidden"), layer_shapes(axes, Plan())
+    heads = layers[0].heads if layers else 0
+    if family(config) in PER_LAYER_FAMILIES or len(hidden) != 1 or heads < 2:
+        return {}
+    (axis,) = hidden
+    whole = (axis.size - 1) // heads * heads
+    odd = next((n for n in range(axis.size - 1, 0, -1) if n % heads), 0)
+    if not axis.prunable or not whole or not odd:
+        return {}
+
+    def taken(kept: int) -> bool:
+        plan = Plan((cut(axis, range(kept)),))
+        shape = Shape(kept, layers, tuple(range(len(layers))))
+        names = _renamed(axes, plan, layers)
+        for _, make in stock(config, model_class, shape):
+            try:
+                described(Selection(axes, plan), names, _made(make))
+            except Refused:
+                continue
+            return True
+        return False
+
+    return {axis.name: heads} if taken(whole) and not taken(odd) else {}
 
 
 def _line(error: Exception) -> str:
@@ -406,69 +448,3 @@ def with_dtype(emission: Emission, dtype: torch.dtype) -> Emission:
         return replace(emission, config_json={**emission.config_json, "dtype": name})
     emission.candidate.config.dtype = dtype
     return emission
-
-
-def in_memory(
-    emission: Emission,
-    selection: Selection,
-    get: Get,
-    dtype_of: Callable[[str], torch.dtype],
-) -> Any:
-    """Returns the model of an emission without writing it: what loading the checkpoint gives."""
-    if emission.config_json is not None:
-        from surgeon.emit.modeling_surgeon_pruned import (
-            SurgeonPrunedConfig,
-            SurgeonPrunedForCausalLM,
-        )
-
-        data = {
-            k: v for k, v in emission.config_json.items() if k not in ("auto_map", "model_type")
-        }
-        config: Any = SurgeonPrunedConfig(**data)
-        model_class: Any = SurgeonPrunedForCausalLM
-    else:
-        config, model_class = emission.candidate.config, emission.candidate.model_class
-    state = {
-        new: final(emission, selection, get, old, dtype_of(old))
-        for old, new in emission.names.items()
-    }
-    with _default_dtype(state.values()):
-        model = model_class(config)
-    for name, own in model.state_dict(keep_vars=True).items():
-        if name in state:
-            own.data = own.data.to(state[name].dtype)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {alias for p in all_params(model).values() for alias in p.aliases}
-    if unexpected or set(missing) - tied - set(_unread(model, state)):
-        raise SurgeonError(
-            Code.TARGET_REFUSED,
-            f"{type(model).__name__} does not have the pruned model's parameters",
-            at=f"missing {missing[:3]}, unexpected {unexpected[:3]}",
-            why="the class and the emitted tensors don't agree",
-            try_="report this with the plan and the configuration",
-        )
-    model.tie_weights()
-    return model.eval()
-
-
-@contextmanager
-def _default_dtype(tensors: Iterable[torch.Tensor]) -> Generator[None, None, None]:
-    """While active, what a model makes for itself is of the type that most of its tensors have.
-
-    So does Transformers when it loads a checkpoint.
-    """
-    weight: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            weight[tensor.dtype] = weight.get(tensor.dtype, 0) + tensor.numel()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(max(weight, key=lambda d: weight[d], default=before))
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _unread(model: Any, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Returns stored buffers that the class makes by itself and that the program never reads."""
-    return [n for n, _ in model.named_buffers() if n not in state]

@@ -21,7 +21,7 @@ import transformers
 
 from surgeon.axes.plan import Plan
 from surgeon.capture.buffers import computed_buffers
-from surgeon.emit.huggingface import in_memory
+from surgeon.emit.in_memory import in_memory
 from surgeon.errors import Code, SurgeonError
 from surgeon.pipeline import Model, Pruned, open_model, prune
 from surgeon.report import verify as v
@@ -461,7 +461,7 @@ def test_spelled_out_attention_that_is_cut_is_refused_by_its_sizes():
     [
         ("GPT2", {"kv_heads": 0.34}, "c_attn.weight would be"),
         ("Gemma", {"rotary": 0.5}, "no per-layer modelling file for gemma"),
-        ("Gemma2", {"hidden": 1 / 3}, "refuses the sizes"),
+        ("GPTNeoX", {"hidden": 1 / 3}, "refuses the sizes"),
         ("Phi3", {"v": 0.34}, "o_proj.weight would be"),
     ],
 )
