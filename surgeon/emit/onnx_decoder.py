@@ -17,6 +17,7 @@ from surgeon.errors import Code, SurgeonError, near
 if TYPE_CHECKING:
     import torch
 
+    from surgeon.axes.axes import Axes
     from surgeon.emit.quantize.graph import Quantised
     from surgeon.ir import Program
 
@@ -290,9 +291,25 @@ class _Runner:
         )
 
 
+def head_multiples(axes: Axes) -> Mapping[str, int]:
+    """Returns what widths of heads should be multiples of, for GroupQueryAttention to take them.
+
+    It takes heads of a multiple of 8 channels, and turns those of a multiple of 16 by itself: pairs
+    come in eights then, and channels beside them in sixteens. Others are lowered to the standard's
+    attention, so an axis that has another size already may keep any.
+    """
+    turned = bool(axes.of_role("rotary"))
+    wanted = {
+        axis.name: 16 if axis.role == "qk" and turned else 8
+        for axis in axes.of_role("qk")  # both the pairs and what is beside them
+    }
+    return {name: n for name, n in wanted.items() if axes.by_name[name].size % n == 0}
+
+
 TARGET = Target(
     name="onnx",
     description="an ONNX graph with a key/value cache, for ONNX Runtime",
     suffix=".onnx",
     write=write_decoder,
+    multiple_of=head_multiples,
 )
