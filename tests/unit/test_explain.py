@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -15,7 +16,10 @@ from surgeon.axes.names import find, matching
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import parse
+from surgeon.ops.rule import Context, OpRule, rules
 from tests import models
+from tests.command import surgeon as surgeon_command
+from tests.refusals import refused as refused_command
 
 BARRIER = """surgeon.program 1
 symbol batch
@@ -255,6 +259,23 @@ def test_a_barrier_ties_nothing(barrier: Axes) -> None:
     assert barrier.explain("b:0", "c:1").coupled
 
 
+def test_a_reason_about_an_axis_that_the_operation_made() -> None:
+    """The pinned axis is no dimension of its own anywhere: the chain leads to its operation."""
+
+    def couple(c: Context) -> None:
+        inner = c.fresh(3, "inner")
+        c.equate(c.dims(c.op.arg(0))[1], c.fresh(2, "outer") + inner)
+        c.pin(inner, "for the sake of argument")
+
+    program = parse(BARRIER.replace("roll", "my"))
+    target = "aten.my.default"
+    table = {**rules(), target: OpRule(target, couple, lambda f: frozenset())}
+    outer, inner = analyse(program, table).explain("a:0").about
+    (pin,) = inner.pins
+    assert not outer.pins and pin.why == "for the sake of argument"
+    assert [link.target for link in pin.links] == ["aten.linear.default", "aten.relu.default"]
+
+
 @pytest.mark.parametrize("name", ["Gemma2", "OPT", "GPT2"])
 def test_every_reason_is_reached(name: str) -> None:
     axes = surgeon.analyse(models.tiny(name))
@@ -290,3 +311,38 @@ def test_notebooks_get_tables(llama: Axes, barrier: Axes) -> None:
         html = thing._repr_html_()
         assert "<table>" in html and text in html
         assert html.count("<table>") == html.count("</table>")
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    config = models.config("Llama")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+def test_the_command_says_what_the_library_says(file: Path, llama: Axes) -> None:
+    shown = surgeon_command("explain", file, Q, K)
+    assert (shown.code, shown.err, shown.out) == (0, "", str(llama.explain(Q, K)) + "\n")
+    data = surgeon_command("explain", file, "layers.0/ffn", "--channel", 5, "--json")
+    assert json.loads(data.out) == llama.explain("layers.0/ffn", channel=5).to_json()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("layers.0/fffn",), "no-such-axis", "model.layers.0.mlp/ffn"),
+        (("ffn",), "no-such-axis", "model.layers.1.mlp/ffn"),
+        (("layers.0/ffn", "--channel", 80), "bad-option", "0 to 79"),
+        (("layers.0/ffn", "nothing.weight:0"), "no-such-axis", "nothing.weight"),
+        (("layers.0.gate_proj:7",), "no-such-axis", "no dimension 7"),
+    ],
+)
+def test_mistakes_have_four_parts(
+    file: Path, arguments: tuple[object, ...], code: str, text: str
+) -> None:
+    refused_command(surgeon_command("explain", file, *arguments), code, text)
