@@ -92,7 +92,7 @@ def test_nothing_left_to_prune_is_refused(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "name", "near"), [
     ("score", "magnitud", "magnitude"),
-    ("score", "xyz", "magnitude, random"),
+    ("score", "xyz", "magnitude, obs, random"),
     ("select", "unifrom", "uniform"),
 ])  # fmt: skip
 def test_an_unknown_pass_gets_the_nearest(
