@@ -7,6 +7,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from surgeon.axes.costs import Cost
+from surgeon.axes.space import leaves
+from surgeon.ops.rule import Gauge
 
 if TYPE_CHECKING:
     from surgeon.axes.axes import Axes, Axis
@@ -23,24 +25,28 @@ def freedom(axes: Axes, axis: Axis) -> str:
         return "nothing"
     if axis.size == 1:
         return "nothing: it has one index"
-    twice = pairs(axes, axis)
-    what = f"any of its {axis.size}" if not twice else f"any of its {axis.size} {twice}"
+    count = places(axes, axis)
+    what = f"any of its {axis.size}"
+    if count == 2 and axis.gauge is Gauge.PAIRWISE:
+        what += " pairs"
+    elif count > 1:
+        what += f", each in {count} places of a dimension"
     if not axis.outer:
         return what
     inside = " and ".join(axis.outer)
     return f"{what}, others for each index of {inside}, the same number for each"
 
 
-def pairs(axes: Axes, axis: Axis) -> str:
-    """Returns `pairs` where an index stands for two places of one dimension, and so on, or ``."""
-    from surgeon.axes.space import leaves
+def places(axes: Axes, axis: Axis) -> int:
+    """Returns in how many places of one dimension an index stands, at most.
 
+    Two are both halves of a rotary pair, or a fused weight's two parts.
+    """
     number = axes.number[axis.name]
-    most = max(
+    return max(
         (list(leaves(axes.param_dims(m.param)[m.dim])).count(number) for m in axis.members),
         default=1,
     )
-    return "" if most < 2 else "pairs" if most == 2 else f"groups of {most}"
 
 
 def amount(number: float) -> str:

@@ -11,8 +11,9 @@ from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.axes.costs import Costs
 from surgeon.axes.names import nearest
-from surgeon.axes.words import amount, cost_text, freedom, pairs
+from surgeon.axes.words import amount, cost_text, freedom, places
 from surgeon.errors import Code, SurgeonError
+from surgeon.ops.rule import Gauge
 from surgeon.report.fold import folded, spans, split
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def to_json(found: View) -> dict[str, Any]:
         entry["select"] = {
             "any": axis.prunable,
             "own_choice_inside": list(axis.outer) if axis.prunable else [],
-            "pairs": bool(pairs(axes, axis)),
+            "places": places(axes, axis),
+            "pairs": places(axes, axis) == 2 and axis.gauge is Gauge.PAIRWISE,
             "text": freedom(axes, axis),
         }
     params = {*found.params, *(m.param for axis in found.shown for m in axis.members)}

@@ -73,6 +73,8 @@ def test_what_may_be_selected() -> None:
     freedom = "may select: any of its 2, others for each index of self_attn/kv_heads"
     assert freedom in text and "lm_head" not in text
     assert "may select: any of its 4 pairs" in shown(library.analyse(models.tiny("Llama")))
+    fused = shown(library.analyse(models.tiny("Phi3")), role="ffn")
+    assert "each in 2 places of a dimension" in fused and "pairs" not in fused
 
 
 @pytest.mark.parametrize(
