@@ -389,7 +389,6 @@ def evaluate(
     runnable, tokens = exporting.load(
         model, tokenizer, device=device, trust_remote_code=trust_remote_code
     )
-    _say_device(device, exporting.where(runnable))
     found = perplexity(
         runnable,
         exporting.need_tokenizer(tokens, model),
@@ -398,6 +397,7 @@ def evaluate(
         max_windows=windows,
         progress=not as_json,
     )
+    _say_device(device, exporting.where(runnable))
     if as_json:
         typer.echo(json.dumps(asdict(found)))
         return
@@ -434,7 +434,6 @@ def generate(
         model, tokenizer, device=device, trust_remote_code=trust_remote_code
     )
     tokens = exporting.need_tokenizer(tokens, model)
-    _say_device(device, exporting.where(runnable))
     started: list[int] = []
 
     def show(row: int, piece: str) -> None:
@@ -448,6 +447,8 @@ def generate(
     )
     if started:
         typer.echo()
+    _say_device(device, exporting.where(runnable))
+    if started:
         return
     for prompt, written in zip(prompts, found, strict=True):
         typer.echo(prompt + written.text)

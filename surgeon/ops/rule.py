@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from surgeon.axes.space import Expr
 from surgeon.ir.program import Arg, Op, ParamRef, Program, Ref, Size
+
+if TYPE_CHECKING:
+    # The axes need the rules' gauges: imported here at run time, neither could be imported first.
+    from surgeon.axes.space import Expr
 
 Atoms = frozenset[int]
 

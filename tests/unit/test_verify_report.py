@@ -240,7 +240,8 @@ def test_the_tolerance_decides():
 
 
 def test_a_model_that_was_cast_reports_what_that_makes():
-    made = prune(open_model(models.build("Llama").to(torch.bfloat16)), roles={"ffn": 0.3})
+    # What is removed from the residual width is folded into weights, which then have to be rounded.
+    made = prune(open_model(models.build("Llama").to(torch.bfloat16)), roles={"hidden": 0.25})
     found = made.verify()
     assert found.largest < 1e-5 and found.cast is not None and found.cast > 1e-4
     assert made.model.dtype == torch.bfloat16
