@@ -199,7 +199,7 @@ def page(axes: Axes, title: str, plan: Plan | None = None, view: str = "axes") -
         "title": escape(title),
         "css": filled(_read("page.css"), {"scale": f"linear-gradient(to right, {stops})"}),
         "data": data.replace("<", "\\u003c"),
-        "library": _read("cytoscape.min.js"),
+        "library": _read("cytoscape.js"),
         "script": "\n".join(_read(name) for name in SCRIPTS),
     }
     return filled(_read("page.html"), parts)
