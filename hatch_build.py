@@ -1,8 +1,8 @@
 """Brings the graph library of the HTML page into a build. It is not kept in the repository.
 
 The library is cytoscape.js (MIT). The package index has it inside the widget package ipycytoscape,
-as one piece of a bundle: modules by number, in a global array. What is put behind it hands them out,
-so that the piece can be used by itself.
+as one piece of a bundle: modules by number, in a global array. What is put behind it hands them
+out, so that the piece can be used by itself.
 """
 
 from __future__ import annotations
