@@ -13,6 +13,8 @@ import transformers
 from tests.command import surgeon
 from tests.refusals import RATIO, prune, refused, rewrite
 
+pytestmark = pytest.mark.slow
+
 # --- models --------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ import pytest
 from tests.command import surgeon
 from tests.refusals import RATIO, prune, refused
 
+pytestmark = pytest.mark.slow
+
 # --- ratios and roles ----------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from tests import models
 from tests.command import checkpoint, surgeon
 from tests.refusals import RATIO, prune, refused, rewrite
 
+pytestmark = pytest.mark.slow
+
 # --- plans and results ---------------------------------------------------------------------------
 
 

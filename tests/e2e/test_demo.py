@@ -11,6 +11,8 @@ import pytest
 from tests import models
 from tests.command import checkpoint, surgeon
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ("decoder-layer parameters", "perplexity", "before:", "after:", "onnx:")
 
 

@@ -12,6 +12,8 @@ import surgeon
 from surgeon.runtime import open_session
 from tests.models import tiny, tokens
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_plan_that_no_class_expresses_is_refused_with_the_way_out() -> None:
     with pytest.raises(surgeon.SurgeonError) as caught:

@@ -17,6 +17,8 @@ from tests import models
 from tests.command import Outcome, checkpoint, python, surgeon, weights_of
 from tests.pruned_checkpoints import FAMILIES, dense
 
+pytestmark = pytest.mark.slow
+
 # Every checkpoint in the folder given, loaded by Transformers with Surgeon out of reach.
 ALONE = """
 import json, sys

@@ -17,6 +17,8 @@ from tests.unit.test_emit_pt2 import captured
 from tools import cuda_placement
 from tools.cuda_placement import CPU, Placement, placements
 
+pytestmark = pytest.mark.slow
+
 POSITIONS = ("--positions", "64")
 
 

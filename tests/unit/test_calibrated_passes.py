@@ -23,6 +23,8 @@ from surgeon.runtime.apply import masked
 from surgeon.runtime.lower import lower
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 DATA = Recipe((Piece(list(np.random.default_rng(0).integers(3, 100, 400))),), 12, 16)
 
 

@@ -19,6 +19,8 @@ from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Program, parse, to_text, verify
 from tests import golden
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llama(tiny) -> Program:

@@ -24,6 +24,8 @@ from surgeon.ir import Param, Program, TensorType
 from surgeon.runtime.apply import masked
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 SIZES = (2, 3, 2, 3, 4)
 Places = list[tuple[int, dict[int, int], int]]
 

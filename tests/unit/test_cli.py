@@ -12,6 +12,8 @@ import torch
 from tests import models
 from tests.command import ROOT, Outcome, checkpoint, python, surgeon, weights_of
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "prune": (
         "--output --to --ratio --role --freeze --only --score --select --score-option "

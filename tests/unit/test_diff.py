@@ -13,6 +13,8 @@ from tests import models
 from tests.command import checkpoint, surgeon
 from tests.refusals import refused
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ from surgeon.runtime.lower import lower
 from surgeon.runtime.session import OrtSession
 from tests.unit.test_emit_pt2 import Captured, captured, forward, pruned, two
 
+pytestmark = pytest.mark.slow
+
 
 def kinds(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]

@@ -26,6 +26,8 @@ from surgeon.ir import Program
 from surgeon.runtime.apply import removed
 from surgeon.runtime.lower import lower
 
+pytestmark = pytest.mark.slow
+
 Captured = tuple[Program, dict[str, torch.Tensor]]
 
 

@@ -21,6 +21,8 @@ from tests import models
 from tests.command import surgeon as surgeon_command
 from tests.refusals import refused as refused_command
 
+pytestmark = pytest.mark.slow
+
 BARRIER = """surgeon.program 1
 symbol batch
 input %x: f32[batch, 8]

@@ -15,6 +15,8 @@ from surgeon.emit.hf_config import Biases, Shape, original, per_layer, stock
 from surgeon.emit.layers import LayerShape, layer_shapes
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def axes_of(name: str, **overrides: Any) -> Axes:

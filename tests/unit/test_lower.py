@@ -11,6 +11,8 @@ from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Program
 from surgeon.runtime.lower import attend, attention, attention_bias, evaluate, lower
 
+pytestmark = pytest.mark.slow
+
 
 def spelled_out(q: Any, k: Any, v: Any, padding: Any, scale: float, **options: Any) -> torch.Tensor:
     """Attention one query at a time, in float64, over the keys it sees and no others."""

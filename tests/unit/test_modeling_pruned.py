@@ -33,6 +33,8 @@ from tests.pruned_checkpoints import (
     write,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def load(folder: Path, attention: str = "sdpa") -> Any:
     model, info = pruned_file.SurgeonPrunedForCausalLM.from_pretrained(

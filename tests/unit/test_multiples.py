@@ -16,6 +16,8 @@ from surgeon.opening import Model, open_model
 from surgeon.pipeline import Pruned, prune
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 
 def opened(name: str, **overrides: Any) -> Model:
     return open_model(models.tiny(name, **overrides))

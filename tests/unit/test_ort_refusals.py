@@ -20,6 +20,8 @@ from surgeon.opening import open_model
 from tests import models
 from tests.decoding import Steps
 
+pytestmark = pytest.mark.slow
+
 
 def llama() -> tuple[Program, Callable[[str], torch.Tensor]]:
     origin = open_model(models.tiny("Llama", head_dim=16))

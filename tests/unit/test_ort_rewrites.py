@@ -20,6 +20,8 @@ from surgeon.opening import Model, open_model
 from surgeon.runtime.lower import lower
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def opened(name: str, head_dim: int = 16) -> Model:

@@ -22,6 +22,8 @@ from surgeon.errors import Code, SurgeonError
 from surgeon.plugin import Context
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 HEADS, KV, REP, D, FFN, HIDDEN = 6, 3, 2, 8, 80, 48
 
 

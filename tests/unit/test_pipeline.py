@@ -19,6 +19,8 @@ from surgeon.errors import Code, SurgeonError
 from tests import models
 from tests.command import checkpoint, weights_of
 
+pytestmark = pytest.mark.slow
+
 ROLES = ("ffn", "kv_heads", "q_per_kv", "v", "qk", "hidden")
 
 

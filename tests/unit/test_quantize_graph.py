@@ -25,6 +25,8 @@ from tests.decoding import largest, stepwise
 from tests.models import tokens
 from tests.unit.test_emit_pt2 import Captured, captured, pruned
 
+pytestmark = pytest.mark.slow
+
 CODES = ".codes"
 MODELS = {
     "Llama": {"tie_word_embeddings": True},

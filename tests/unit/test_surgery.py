@@ -19,6 +19,8 @@ from surgeon.capture.model import capture_module
 from surgeon.ir import Sym, verify
 from tests.exactness import Subject, difference, prunable, random_cut
 
+pytestmark = pytest.mark.slow
+
 Body = Callable[[Any, torch.Tensor], torch.Tensor]
 TOLERANCE = 1e-9
 

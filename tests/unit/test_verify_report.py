@@ -16,6 +16,8 @@ from surgeon.pipeline import Model, Pruned, open_model, prune
 from surgeon.report import verify as v
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def opened(name: str, **overrides: Any) -> Model:
