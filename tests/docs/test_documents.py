@@ -13,6 +13,8 @@ import pytest
 from tests import models
 from tests.docs.documents import DOCS, files, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

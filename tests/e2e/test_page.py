@@ -19,6 +19,8 @@ from surgeon.opening import open_model
 from surgeon.report.graph_page import page as page_of
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (the extra `dev` brings it)"
 )

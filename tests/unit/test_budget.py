@@ -15,6 +15,8 @@ from surgeon.capture.model import capture_model, capture_module
 from surgeon.errors import Code, SurgeonError
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def llama(tied: bool = False) -> Axes:

@@ -16,6 +16,8 @@ from surgeon.opening import open_model
 from surgeon.runtime.lower import lower
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 
 def inputs(length: int = 9) -> tuple[torch.Tensor, ...]:
     ids = models.tokens(100, 4, length)

@@ -20,6 +20,8 @@ from tests.command import checkpoint, surgeon
 from tests.refusals import refused
 from tests.unit.test_explain import BARRIER
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ from surgeon.errors import Code, SurgeonError
 from tests import models, pruned_checkpoints
 from tests.sources import edit, refused, saved
 
+pytestmark = pytest.mark.slow
+
 # --- checkpoint folders ----------------------------------------------------------------------
 
 
