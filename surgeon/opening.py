@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,29 @@ def open_model(
     weights = found.weights
     fixed = {**captured.constants, **found.computed()}
     return Model(found, captured.program, axes, weights, fixed, time.perf_counter() - start)
+
+
+@contextmanager
+def opening_origin(name: str, made: str, at: str) -> Generator[None]:
+    """Turns the refusal of what a plan calls its source into one that says how to name it.
+
+    Args:
+        name: what the plan calls it; it may have been written from another folder.
+        made: how the model is told of, such as `the plan was made from`.
+        at: where the name stands.
+    """
+    try:
+        yield
+    except SurgeonError as error:
+        if error.code is not Code.NOT_A_MODEL:
+            raise
+        raise SurgeonError(
+            Code.NOT_A_MODEL,
+            f"the model that {made}, {name!r}, can't be read from here",
+            at=at,
+            why=error.why,
+            try_="name it with --source",
+        ) from error
 
 
 def _open_module(source: Any, example_inputs: Any, dynamic_shapes: Any) -> Model | None:

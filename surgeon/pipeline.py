@@ -19,7 +19,7 @@ from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
-from surgeon.opening import Model, open_model
+from surgeon.opening import Model, open_model, opening_origin
 from surgeon.planning import Passes, planned
 
 if TYPE_CHECKING:
@@ -405,15 +405,5 @@ def verify(
 def _origin_of(plan: Plan, trust_remote_code: bool) -> Model:
     """Returns the model that a plan names, which may have been written from another folder."""
     name = dict(plan.source).get("id", "")
-    try:
+    with opening_origin(name, "the plan was made from", name or "the plan's source"):
         return open_model(name, trust_remote_code=trust_remote_code)
-    except SurgeonError as error:
-        if error.code is not Code.NOT_A_MODEL:
-            raise
-        raise SurgeonError(
-            Code.NOT_A_MODEL,
-            f"the model that the plan was made from, {name!r}, can't be read from here",
-            at=name or "the plan's source",
-            why=error.why,
-            try_="name it with --source",
-        ) from error

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from surgeon.axes.axes import Axes
 from surgeon.axes.costs import Costs
 from surgeon.axes.plan import Plan, check
-from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def sides(
     Raises:
         SurgeonError: why one of them can't be read, or `plan-mismatch`.
     """
-    from surgeon.opening import open_model
+    from surgeon.opening import open_model, opening_origin
 
     opened: dict[str, Model] = {}
 
@@ -115,18 +114,8 @@ def sides(
 
     def origin(plan: Plan) -> Model:
         name = source or dict(plan.source).get("id", "")
-        try:
+        with opening_origin(name, "the plan was made for", name or "the plan's source"):
             return model(name)
-        except SurgeonError as error:
-            if error.code is not Code.NOT_A_MODEL:
-                raise
-            raise SurgeonError(
-                Code.NOT_A_MODEL,
-                f"the model that the plan was made for, {name!r}, can't be read from here",
-                at=name or "the plan's source",
-                why=error.why,
-                try_="name it with --source",
-            ) from error
 
     one, other = _given(a), _given(b)
     for first, second, turn in ((one, other, False), (other, one, True)):

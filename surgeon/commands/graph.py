@@ -91,7 +91,7 @@ def _title(model: Model) -> str:
 
 def _opened(name: str, source: str | None, remote: bool) -> tuple[Model, Plan | None]:
     """Returns the model to draw, and the plan where `name` is what a prune wrote."""
-    from surgeon.opening import open_model
+    from surgeon.opening import open_model, opening_origin
 
     folder = Path(name)
     if not (folder.is_dir() and (folder / PLAN_FILE).is_file()):
@@ -109,16 +109,6 @@ def _opened(name: str, source: str | None, remote: bool) -> tuple[Model, Plan | 
 
     plan, _ = read_plan(folder)
     before = source or dict(plan.source).get("id", "")
-    try:
+    with opening_origin(before, "this was made from", str(folder / PLAN_FILE)):
         origin = open_model(before, trust_remote_code=remote)
-    except SurgeonError as error:
-        if error.code is not Code.NOT_A_MODEL:
-            raise
-        raise SurgeonError(
-            Code.NOT_A_MODEL,
-            f"the model that this was made from, {before!r}, can't be read from here",
-            at=str(folder / PLAN_FILE),
-            why=error.why,
-            try_="name it with --source",
-        ) from error
     return origin, check(origin.axes, plan)
