@@ -12,6 +12,7 @@ from onnx_ir import tensor_adapters
 from surgeon.emit.ort.graph import Get
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Arg, Op, ParamRef, Program, Ref, Size
+from surgeon.runtime.lower import TORCH_DTYPES
 
 CONTRIB = "com.microsoft"
 OPSET = 23
@@ -31,18 +32,6 @@ _ONNX = {
     "i8": ir.DataType.INT8,
     "u8": ir.DataType.UINT8,
     "bool": ir.DataType.BOOL,
-}
-_TORCH = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "i16": torch.int16,
-    "i8": torch.int8,
-    "u8": torch.uint8,
-    "bool": torch.bool,
 }
 _FLOATING = frozenset(["f64", "f32", "f16", "bf16"])
 
@@ -171,7 +160,7 @@ class Builder:
 
     def const(self, data: Any, dtype: str) -> ir.Value:
         """Returns a small constant, the same value for the same contents."""
-        tensor = torch.as_tensor(data, dtype=_TORCH[dtype])
+        tensor = torch.as_tensor(data, dtype=TORCH_DTYPES[dtype])
         key = (dtype, tuple(tensor.shape), str(tensor.tolist()))
         if key not in self._constants:
             name = self.name("constant")
@@ -203,7 +192,9 @@ class Builder:
             def read() -> ir.TensorProtocol:
                 tensor = get(name)
                 tensor = tensor if make is None else make(tensor)
-                return tensor_adapters.TorchTensor(tensor.to(_TORCH[kept]).contiguous(), name=label)
+                return tensor_adapters.TorchTensor(
+                    tensor.to(TORCH_DTYPES[kept]).contiguous(), name=label
+                )
 
             value = self.value(label, kept, shape)
             value.const_value = ir.LazyTensor(

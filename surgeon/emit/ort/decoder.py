@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 
@@ -226,19 +224,3 @@ def _refused(where: str, why: str) -> SurgeonError:
         why=why,
         try_="--style generic, which goes through torch's own exporter and has no cache",
     )
-
-
-def facts(decoder: Decoder) -> Mapping[str, Any]:
-    """Returns what a report says of the graph."""
-    graph = decoder.model.graph
-    return {
-        "style": decoder.style,
-        "dtype": decoder.dtype,
-        "nodes": len(graph),
-        "attentions": len(decoder.slots),
-        "padding": decoder.padding,
-        "positions": decoder.positions,
-    }
-
-
-__all__ = ["INPUTS", "STYLES", "Decoder", "facts", "lower_decoder", "rewritten"]
