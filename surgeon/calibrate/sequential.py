@@ -73,17 +73,21 @@ def sequential(
     def now(name: str) -> torch.Tensor:
         return mask(name, found[name] if name in found else get(name))
 
+    wanted = set(params)
     for piece in segments(program):
-        tapped = {c.param: c for c in contractions(piece.program) if c.param in set(params)}
+        if wanted <= found.keys():
+            break  # nothing after the last one is asked for, and the head is the dearest piece
+        tapped = {c.param: c for c in contractions(piece.program) if c.param in wanted}
         values = tuple(dict.fromkeys(c.value for c in tapped.values()))
         program_ = returning(piece.program, values)
         sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         count = 0
-        one, two = lower(program_, get), lower(program_, now)
+        one = lower(program_, get)
+        two = lower(program_, now) if values else None
         for i, batch in enumerate(batches):
             inputs = (batch, torch.ones_like(batch), positions.expand(len(batch), -1))
             x, dense[i] = _run(one, inputs, dense[i])
-            if not values:
+            if two is None:
                 continue
             p, _ = _run(two, inputs, small[i])
             count += batch.numel()
