@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.cache import Cache
 from surgeon.runtime.device_ops import ELEMENTS, Ops
-from surgeon.runtime.graph_file import OpenGraph, failed, open_graph, ort_errors
+from surgeon.runtime.graph_file import OfGraph, OpenGraph, failed, open_graph, ort_errors
 from surgeon.runtime.replay import Replay
 from surgeon.runtime.signature import Signature, read_signature, stop_tokens
 
@@ -27,7 +27,7 @@ _INTEGERS: dict[str, type[np.generic]] = {"tensor(int64)": np.int64, "tensor(int
 Ints = NDArray[np.integer[Any]]
 
 
-class Decoder:
+class Decoder(OfGraph):
     """An open ONNX graph that keeps keys and values between steps.
 
         decoder = Decoder("folder", device="auto")
@@ -76,26 +76,6 @@ class Decoder:
         self._session = self.graph.session
 
     # --- what it is ------------------------------------------------------------------------------
-
-    @property
-    def path(self) -> Path:
-        """The ONNX file."""
-        return self.graph.path
-
-    @property
-    def device(self) -> str:
-        """`cuda` or `cpu`."""
-        return self.graph.device
-
-    @property
-    def note(self) -> str:
-        """Why it runs on this device."""
-        return self.graph.note
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """The execution providers that came up."""
-        return self.graph.providers
 
     @property
     def positions(self) -> int | None:

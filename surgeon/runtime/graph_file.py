@@ -52,6 +52,32 @@ class OpenGraph:
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
 
+class OfGraph:
+    """What any session says of the graph that it runs."""
+
+    graph: OpenGraph
+
+    @property
+    def path(self) -> Path:
+        """The ONNX file."""
+        return self.graph.path
+
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`."""
+        return self.graph.device
+
+    @property
+    def note(self) -> str:
+        """Why it runs on this device."""
+        return self.graph.note
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that came up."""
+        return self.graph.providers
+
+
 def is_graph_folder(path: Path) -> bool:
     """Whether this folder is an exported graph and not a checkpoint that has one beside it."""
     return any(path.glob("*.onnx")) and not any(path.glob("*.safetensors"))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.device import CPU, CUDA
-from surgeon.runtime.graph_file import OpenGraph, failed, open_graph, ort_errors
+from surgeon.runtime.graph_file import OfGraph, OpenGraph, failed, open_graph, ort_errors
 from surgeon.runtime.signature import stop_tokens
 
 __all__ = ["CPU", "CUDA", "INPUTS", "OrtSession"]
@@ -26,7 +26,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 
 
-class OrtSession:
+class OrtSession(OfGraph):
     """An open ONNX graph, called with the inputs that the graph itself names.
 
     Args:
@@ -55,28 +55,12 @@ class OrtSession:
             if isinstance(source, OpenGraph)
             else open_graph(source, device=device, providers=providers, threads=threads)
         )
-        self.path: Path = self.graph.path
         self.stop_tokens: tuple[int, ...] = stop_tokens(self.path.parent)
         """Tokens that end a text, as the files beside the graph say; empty if they don't."""
         self._types = self.graph.types
         self._check_inputs()
         names = [output.name for output in self.graph.session.get_outputs()]
         self._output = "logits" if "logits" in names else names[0]
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """The execution providers that came up."""
-        return self.graph.providers
-
-    @property
-    def device(self) -> str:
-        """`cuda` or `cpu`."""
-        return self.graph.device
-
-    @property
-    def note(self) -> str:
-        """Why it runs on this device."""
-        return self.graph.note
 
     @property
     def positions(self) -> int | None:
