@@ -7,16 +7,20 @@ import os
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from surgeon.commands import graph, see
-from surgeon.commands.arguments import JsonOption, ModelArg, RemoteOption
+from surgeon.commands.arguments import (
+    DeviceOption,
+    JsonOption,
+    ModelArg,
+    RemoteOption,
+    RunnableArg,
+)
+from surgeon.commands.printing import print_report, print_verification
 from surgeon.errors import Code, SurgeonError
-
-if TYPE_CHECKING:
-    from surgeon.pipeline import Report
 
 app = typer.Typer(
     name="surgeon",
@@ -27,10 +31,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-DeviceOption = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where it works")]
-RunnableArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file or folder")
-]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 
 
@@ -87,56 +87,6 @@ def _options(items: list[str], option: str) -> dict[str, Any]:
                 try_="a value as YAML writes it: 2, 0.5, true, mean, [1, 2]",
             ) from error
     return out
-
-
-def _print_report(report: Report, out: Path | None) -> None:
-    from rich.console import Console
-
-    from surgeon.report.tables import Row, Unit, before_after
-
-    rows = [
-        Row(f"parameters, {name}", found["before"], found["after"], Unit.COUNT)
-        for name, found in report.parameters.items()
-    ]
-    sizes: dict[str, dict[tuple[int, int], int]] = {}
-    for axis in report.axes:
-        if axis["before"] != axis["after"]:
-            pair = (axis["before"], axis["after"])
-            sizes.setdefault(axis["role"], {})[pair] = sizes.get(axis["role"], {}).get(pair, 0) + 1
-    for role, pairs in sizes.items():
-        for (before, after), times in pairs.items():
-            label = f"{role} (×{times})" if times > 1 else role
-            rows.append(Row(label, before, after, Unit.COUNT))
-    console = Console()
-    console.print(before_after(rows, title=str(out) if out else "plan (nothing is written)"))
-    removed = report.ratio["removed"]
-    console.print(f"removed {removed:.3%} of the decoder parameters", highlight=False)
-    if report.branches:
-        console.print(f"dropped {', '.join(report.branches)}", highlight=False)
-    for note in report.notes:
-        console.print(f"note: {note}", highlight=False)
-    if report.target:
-        console.print(f"written as {report.target.get('architecture', report.target['name'])}")
-    if report.verification:
-        _print_verification(report.verification)
-
-
-def _print_verification(found: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(
-        f"verified: largest difference from the masked model {found['largest']:.1e} of the "
-        f"largest logit ({found['tolerance']:.0e} allowed)",
-        highlight=False,
-    )
-    for reason in found["reasons"]:
-        console.print(f"not what masking gives: {reason}", highlight=False)
-    if found.get("cast") is not None:
-        console.print(
-            f"rounding to the checkpoint's element type moves logits by {found['cast']:.1e}",
-            highlight=False,
-        )
 
 
 def _calibration(sources: list[str], samples: int, length: int, seed: int) -> Any:
@@ -278,7 +228,7 @@ def prune(
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
-        _print_report(report, None if dry_run else out)
+        print_report(report, None if dry_run else out)
 
 
 see.add(app)
@@ -310,7 +260,7 @@ def verify(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        _print_verification(found)
+        print_verification(found)
 
 
 @app.command()

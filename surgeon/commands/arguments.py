@@ -17,3 +17,7 @@ RemoteOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="run modelling code that comes with MODEL")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+DeviceOption = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where it works")]
+RunnableArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file or folder")
+]

@@ -1,0 +1,61 @@
+"""What `prune` and `verify` show in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgeon.pipeline import Report
+
+
+def print_report(report: Report, out: Path | None) -> None:
+    """Shows what a prune did, and where it was written; nowhere where it was only planned."""
+    from rich.console import Console
+
+    from surgeon.report.tables import Row, Unit, before_after
+
+    rows = [
+        Row(f"parameters, {name}", found["before"], found["after"], Unit.COUNT)
+        for name, found in report.parameters.items()
+    ]
+    sizes: dict[str, dict[tuple[int, int], int]] = {}
+    for axis in report.axes:
+        if axis["before"] != axis["after"]:
+            pair = (axis["before"], axis["after"])
+            sizes.setdefault(axis["role"], {})[pair] = sizes.get(axis["role"], {}).get(pair, 0) + 1
+    for role, pairs in sizes.items():
+        for (before, after), times in pairs.items():
+            label = f"{role} (×{times})" if times > 1 else role
+            rows.append(Row(label, before, after, Unit.COUNT))
+    console = Console()
+    console.print(before_after(rows, title=str(out) if out else "plan (nothing is written)"))
+    removed = report.ratio["removed"]
+    console.print(f"removed {removed:.3%} of the decoder parameters", highlight=False)
+    if report.branches:
+        console.print(f"dropped {', '.join(report.branches)}", highlight=False)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False)
+    if report.target:
+        console.print(f"written as {report.target.get('architecture', report.target['name'])}")
+    if report.verification:
+        print_verification(report.verification)
+
+
+def print_verification(found: Any) -> None:
+    """Shows how far a result is from the masked model."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(
+        f"verified: largest difference from the masked model {found['largest']:.1e} of the "
+        f"largest logit ({found['tolerance']:.0e} allowed)",
+        highlight=False,
+    )
+    for reason in found["reasons"]:
+        console.print(f"not what masking gives: {reason}", highlight=False)
+    if found.get("cast") is not None:
+        console.print(
+            f"rounding to the checkpoint's element type moves logits by {found['cast']:.1e}",
+            highlight=False,
+        )
