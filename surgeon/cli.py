@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from surgeon.commands import graph, see
+from surgeon.commands import graph, see, values
 from surgeon.commands.arguments import (
     DeviceOption,
     JsonOption,
@@ -32,75 +31,6 @@ app = typer.Typer(
 )
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
-
-
-def _number(text: str, where: str) -> float:
-    try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError) as error:
-        raise SurgeonError(
-            Code.BAD_RATIO,
-            f"{text!r} is no number",
-            at=where,
-            why="a ratio is a number or a fraction",
-            try_="such as 0.25 or 1/3",
-        ) from error
-
-
-def _pairs(items: list[str], option: str) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for item in items:
-        name, sign, value = item.partition("=")
-        if not sign or not name:
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                f"{item!r} is not NAME=VALUE",
-                at=option,
-                why="the option sets one thing at a time",
-                try_=f"{option} ffn=0.25" if option == "--role" else f"{option} p=1",
-            )
-        if name in out:
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                f"{name} is given twice",
-                at=option,
-                why="only one value can hold",
-                try_="leave one of them out",
-            )
-        out[name] = value
-    return out
-
-
-def _options(items: list[str], option: str) -> dict[str, Any]:
-    import yaml
-
-    out: dict[str, Any] = {}
-    for name, value in _pairs(items, option).items():
-        try:
-            out[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                f"{value!r} can't be read",
-                at=f"{option} {name}",
-                why=f"it is no YAML: {getattr(error, 'problem', None) or error}",
-                try_="a value as YAML writes it: 2, 0.5, true, mean, [1, 2]",
-            ) from error
-    return out
-
-
-def _calibration(sources: list[str], samples: int, length: int, seed: int) -> Any:
-    """Returns the recipe of calibration data, or None where no source is named."""
-    from surgeon.calibrate.data import Piece, Recipe
-
-    pieces: list[Piece] = []
-    for source in sources:
-        name, sign, weight = source.rpartition("=")
-        try:
-            pieces.append(Piece(name, float(weight)) if sign else Piece(source))
-        except ValueError:
-            pieces.append(Piece(source))  # the name itself has an equals sign
-    return Recipe(tuple(pieces), samples, length, seed) if pieces else None
 
 
 def _only_replays(context: typer.Context) -> None:
@@ -192,24 +122,26 @@ def prune(
         from surgeon.saving import read_plan
 
         replayed, rewrites = read_plan(plan)
-    roles = {n: _number(v, f"--role {n}") for n, v in _pairs(role or [], "--role").items()}
+    roles = {
+        n: values.number(v, f"--role {n}") for n, v in values.pairs(role or [], "--role").items()
+    }
     if out is not None and not dry_run:
         from surgeon.emit.files import check_output
 
         check_output(out, overwrite=overwrite)
     result = pipeline.prune(
         model,
-        ratio=None if ratio is None else _number(ratio, "--ratio"),
+        ratio=None if ratio is None else values.number(ratio, "--ratio"),
         roles=roles,
         freeze=freeze or (),
         only=only or (),
         score=score,
         select=select,
-        score_options=_options(score_option or [], "--score-option"),
-        select_options=_options(select_option or [], "--select-option"),
+        score_options=values.options(score_option or [], "--score-option"),
+        select_options=values.options(select_option or [], "--select-option"),
         compensate=compensate or (),
-        compensate_options=_options(compensate_option or [], "--compensate-option"),
-        calibration=_calibration(calibration or [], samples, length, seed),
+        compensate_options=values.options(compensate_option or [], "--compensate-option"),
+        calibration=values.calibration(calibration or [], samples, length, seed),
         plan=replayed,
         rewrites=rewrites,
         seed=seed,
@@ -481,7 +413,7 @@ def demo(
     """Prune a real model by 20 %, export it, run it, and show before and after."""
     from surgeon.demo import run
 
-    run(out, _number(ratio, "--ratio"), windows)
+    run(out, values.number(ratio, "--ratio"), windows)
 
 
 def main() -> None:

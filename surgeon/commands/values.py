@@ -1,0 +1,80 @@
+"""From the text of options to values."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+from surgeon.errors import Code, SurgeonError
+
+
+def number(text: str, where: str) -> float:
+    """Returns what a number or a fraction says; `where` is the option, for the refusal."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise SurgeonError(
+            Code.BAD_RATIO,
+            f"{text!r} is no number",
+            at=where,
+            why="a ratio is a number or a fraction",
+            try_="such as 0.25 or 1/3",
+        ) from error
+
+
+def pairs(items: list[str], option: str) -> dict[str, str]:
+    """Returns the values of NAME=VALUE by name."""
+    out: dict[str, str] = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not sign or not name:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{item!r} is not NAME=VALUE",
+                at=option,
+                why="the option sets one thing at a time",
+                try_=f"{option} ffn=0.25" if option == "--role" else f"{option} p=1",
+            )
+        if name in out:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{name} is given twice",
+                at=option,
+                why="only one value can hold",
+                try_="leave one of them out",
+            )
+        out[name] = value
+    return out
+
+
+def options(items: list[str], option: str) -> dict[str, Any]:
+    """Returns the values of NAME=VALUE by name, read as YAML."""
+    import yaml
+
+    out: dict[str, Any] = {}
+    for name, value in pairs(items, option).items():
+        try:
+            out[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{value!r} can't be read",
+                at=f"{option} {name}",
+                why=f"it is no YAML: {getattr(error, 'problem', None) or error}",
+                try_="a value as YAML writes it: 2, 0.5, true, mean, [1, 2]",
+            ) from error
+    return out
+
+
+def calibration(sources: list[str], samples: int, length: int, seed: int) -> Any:
+    """Returns the recipe of calibration data, or None where no source is named."""
+    from surgeon.calibrate.data import Piece, Recipe
+
+    pieces: list[Piece] = []
+    for source in sources:
+        name, sign, weight = source.rpartition("=")
+        try:
+            pieces.append(Piece(name, float(weight)) if sign else Piece(source))
+        except ValueError:
+            pieces.append(Piece(source))  # the name itself has an equals sign
+    return Recipe(tuple(pieces), samples, length, seed) if pieces else None
