@@ -12,7 +12,7 @@ from surgeon.axes.budget import Budget
 from surgeon.axes.plan import Plan
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.opening import Model
-from surgeon.plugin import Calibration, Context
+from surgeon.plugin import Calibration, Context, GetScores
 from surgeon.registry import build
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _select(
         return found
 
     start = time.perf_counter()
-    plan = selector.select(context, scores, budget)
+    plan = selector.select(context, GetScores(scores, scorer.unit, scorer.cumulative), budget)
     whole = time.perf_counter() - start
     record.append({"pass": f"score/{score}", "options": asdict(scorer), "seconds": spent[0]})
     options = {**asdict(selector), "ratio": budget.ratio, "roles": dict(budget.roles)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Scores = Mapping[str, NDArray[np.float64]]
-    GetScores = Callable[[Iterable[str]], Scores]
 
 __all__ = [
     "KINDS",
@@ -43,6 +42,7 @@ __all__ = [
     "Consumer",
     "Context",
     "Cut",
+    "GetScores",
     "Pass",
     "Plan",
     "ScorePass",
@@ -63,8 +63,24 @@ __all__ = [
 class Calibration(Protocol):
     """What a model computes on calibration data; the driver makes one for passes that need it."""
 
-    def moments(self, params: Sequence[str]) -> Mapping[str, Any]:
-        """Returns the moments of these parameters' inputs."""
+    def moments(self, params: Sequence[str], *, full: bool = True) -> Mapping[str, Any]:
+        """Returns the moments of these parameters' inputs; with `full`, the second moment whole."""
+        ...
+
+    def gradients(self, params: Sequence[str]) -> Mapping[str, Any]:
+        """Returns the loss's gradients with respect to these parameters."""
+        ...
+
+    def fisher(self, params: Sequence[str]) -> Mapping[str, Any]:
+        """Returns the second moments of the loss's gradients at these maps' outputs."""
+        ...
+
+    def similarity(self, branches: Sequence[str]) -> Mapping[str, float]:
+        """Returns by branch how alike the residual stream is before and after it."""
+        ...
+
+    def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
+        """Returns the mean negative log-likelihood of the data's tokens under a plan."""
         ...
 
     def sequential(
@@ -97,13 +113,53 @@ class Context:
         """The captured program: operations and parameters as metadata, no tensors."""
         return self.axes.program
 
+    @property
+    def data(self) -> Calibration:
+        """The calibration data, for passes whose `needs` name activations, gradients or loss."""
+        assert self.calibration is not None, "the driver supplies what a pass says it needs"
+        return self.calibration
+
     def moments(self, params: Iterable[str]) -> Mapping[str, Any]:
         """Returns by parameter the `Moments` of its input in the dense model.
 
         For passes that need `activations: second moment`.
         """
-        assert self.calibration is not None, "the driver supplies what a pass says it needs"
-        return self.calibration.moments(tuple(params))
+        return self.data.moments(tuple(params))
+
+    def norms(self, params: Iterable[str]) -> Mapping[str, Any]:
+        """Returns by parameter the `Moments` of its input without the products between channels.
+
+        For passes that need `activations: norms`, which are cheaper than the second moment.
+        """
+        return self.data.moments(tuple(params), full=False)
+
+    def gradients(self, params: Iterable[str]) -> Mapping[str, Any]:
+        """Returns by parameter the `Gradients` of the dense model's loss.
+
+        For passes that need `gradients: weights`.
+        """
+        return self.data.gradients(tuple(params))
+
+    def fisher(self, params: Iterable[str]) -> Mapping[str, Any]:
+        """Returns by parameter the `Fisher` of its output: Kronecker's factor on that side.
+
+        For passes that need `gradients: outputs`.
+        """
+        return self.data.fisher(tuple(params))
+
+    def similarity(self, branches: Iterable[str]) -> Mapping[str, float]:
+        """Returns by branch the mean cosine of the residual stream before and after it.
+
+        For passes that need `activations: similarity`.
+        """
+        return self.data.similarity(tuple(branches))
+
+    def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
+        """Returns the masked model's mean negative log-likelihood on the calibration data.
+
+        For passes that need `loss`.
+        """
+        return self.data.loss(plan, rewrites)
 
     def sequential(
         self, plan: Plan, params: Iterable[str], solve: Callable[[str, Any], Any]
@@ -113,8 +169,7 @@ class Context:
         For passes that need `activations: sequential`. A `Pair` holds what the parameter's input
         is in the dense model and in the pruned one, whose earlier parameters are replaced already.
         """
-        assert self.calibration is not None, "the driver supplies what a pass says it needs"
-        return self.calibration.sequential(plan, tuple(params), solve)
+        return self.data.sequential(plan, tuple(params), solve)
 
     def unable(self, target: str, why: str) -> SurgeonError:
         """Returns the refusal of a pass that can't treat an axis or a branch."""
@@ -135,11 +190,40 @@ class Pass(ABC):  # noqa: B024  (each kind adds the method that it is called by)
 
 
 class ScorePass(Pass):
-    """Gives every index of every axis a number; the lowest are removed first."""
+    """Gives every index of every axis a number; the lowest are removed first.
+
+    Scores are comparable within a role. Two facts about them let a selection compare more.
+    """
+
+    unit: ClassVar[Literal["role", "loss"]] = "role"
+    """`loss` where a score predicts by how much the mean negative log-likelihood of a token grows;
+    such scores are comparable across roles and layers."""
+
+    cumulative: ClassVar[bool] = False
+    """Whether a score is the cost of its index with all that score less; else costs are summed."""
 
     @abstractmethod
     def score(self, context: Context) -> Scores:
         """Returns for each target a float64 array: `[*outer sizes, size]`, a branch's is `[]`."""
+
+
+@dataclass(frozen=True)
+class GetScores:
+    """What a selection gets scores from: called with names of axes and branches, it scores them.
+
+    Attributes:
+        call: the score pass on some targets, its result checked.
+        unit: the score pass's.
+        cumulative: the score pass's.
+    """
+
+    call: Callable[[Iterable[str]], Scores]
+    unit: Literal["role", "loss"] = "role"
+    cumulative: bool = False
+
+    def __call__(self, names: Iterable[str]) -> Scores:
+        """Returns the scores of these axes and branches."""
+        return self.call(names)
 
 
 class SelectPass(Pass):

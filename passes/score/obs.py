@@ -26,6 +26,7 @@ class OptimalBrainSurgeon(ScorePass):
     """The error that is left when the best remaining weights have made up for a channel."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "activations: second moment"})
+    cumulative: ClassVar[bool] = True
 
     damping: float = 0.01
     """Added to the second moment's diagonal, as a share of its mean; a singular one has no inverse.
