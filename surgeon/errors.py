@@ -28,6 +28,7 @@ class Code(StrEnum):
     NO_SUCH_PASS = "no-such-pass"
     BAD_PASS = "bad-pass"
     BAD_OPTION = "bad-option"
+    BAD_RECIPE = "bad-recipe"
     PINNED = "pinned"
     BAD_PLAN = "bad-plan"
     PLAN_MISMATCH = "plan-mismatch"
