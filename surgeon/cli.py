@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from surgeon.commands import graph, see, values
+from surgeon.commands import prune as command_prune
 from surgeon.commands.arguments import (
     DeviceOption,
     JsonOption,
@@ -18,8 +19,8 @@ from surgeon.commands.arguments import (
     RemoteOption,
     RunnableArg,
 )
-from surgeon.commands.printing import print_report, print_verification
-from surgeon.errors import Code, SurgeonError
+from surgeon.commands.printing import print_verification
+from surgeon.errors import SurgeonError
 
 app = typer.Typer(
     name="surgeon",
@@ -33,136 +34,7 @@ app = typer.Typer(
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 
 
-def _only_replays(context: typer.Context) -> None:
-    """Refuses options that would make another plan than the one that is replayed."""
-    making = ("ratio", "role", "freeze", "only", "score", "select", "score_option", "seed")
-    for name in (*making, "select_option", "compensate", "compensate_option", "calibration"):
-        source = context.get_parameter_source(name)
-        if source is not None and not source.name.startswith("DEFAULT"):
-            option = "--" + name.replace("_", "-")
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                "--plan replays a plan as it is",
-                at=f"--plan with {option}",
-                why=f"{option} would make another one",
-                try_=f"leave {option} out",
-            )
-
-
-@app.command()
-def prune(
-    context: typer.Context,
-    model: ModelArg,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--output", help="folder to write (new or empty)")
-    ] = None,
-    ratio: Annotated[
-        str | None, typer.Option(help="share of decoder-layer parameters to remove, such as 0.2")
-    ] = None,
-    role: Annotated[
-        list[str] | None,
-        typer.Option(help="share of a role's channels, such as ffn=0.25, kv_heads=1/3, layers=0.1"),
-    ] = None,
-    freeze: Annotated[
-        list[str] | None, typer.Option(help="glob over axes and module paths that stay whole")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="glob over axes and module paths; nothing else goes")
-    ] = None,
-    score: Annotated[str, typer.Option(help="score pass")] = "magnitude",
-    select: Annotated[str, typer.Option(help="selection pass")] = "uniform",
-    score_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the score pass")
-    ] = None,
-    select_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the selection pass")
-    ] = None,
-    compensate: Annotated[
-        list[str] | None, typer.Option(help="compensation pass; several go in this order")
-    ] = None,
-    compensate_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the compensation passes")
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="text, .jsonl, .npy of token ids or datasets:NAME; FILE=WEIGHT mixes"),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="windows of calibration data")] = 64,
-    length: Annotated[int, typer.Option(help="tokens in such a window")] = 512,
-    plan: Annotated[
-        Path | None, typer.Option(help="replay a plan (plan.json or a pruned folder)")
-    ] = None,
-    to: Annotated[
-        str, typer.Option(help="transformers, or pt2 or onnx, which can express any plan")
-    ] = "transformers",
-    seed: Annotated[int, typer.Option(help="for passes that draw at random")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only, write nothing")] = False,
-    overwrite: OverwriteOption = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="skip the comparison with the masked model")
-    ] = False,
-    as_json: JsonOption = False,
-    trust_remote_code: RemoteOption = False,
-) -> None:
-    """Write a smaller checkpoint that Transformers loads."""
-    from surgeon import pipeline
-
-    if out is None and not dry_run:
-        raise SurgeonError(
-            Code.BAD_OUTPUT,
-            "no output folder is given",
-            at="-o",
-            why="the smaller model has to go somewhere",
-            try_="-o FOLDER, or --dry-run to see the plan",
-        )
-    if plan is not None:
-        _only_replays(context)
-    replayed, rewrites = None, None
-    if plan is not None:
-        from surgeon.saving import read_plan
-
-        replayed, rewrites = read_plan(plan)
-    roles = {
-        n: values.number(v, f"--role {n}") for n, v in values.pairs(role or [], "--role").items()
-    }
-    if out is not None and not dry_run:
-        from surgeon.emit.files import check_output
-
-        check_output(out, overwrite=overwrite)
-    result = pipeline.prune(
-        model,
-        ratio=None if ratio is None else values.number(ratio, "--ratio"),
-        roles=roles,
-        freeze=freeze or (),
-        only=only or (),
-        score=score,
-        select=select,
-        score_options=values.options(score_option or [], "--score-option"),
-        select_options=values.options(select_option or [], "--select-option"),
-        compensate=compensate or (),
-        compensate_options=values.options(compensate_option or [], "--compensate-option"),
-        calibration=values.calibration(calibration or [], samples, length, seed),
-        plan=replayed,
-        rewrites=rewrites,
-        seed=seed,
-        verify=False,  # saving compares what was written
-        trust_remote_code=trust_remote_code,
-        target=to,
-    )
-    if dry_run or out is None:
-        report = result.report
-        if not result.is_graph:
-            from dataclasses import replace
-
-            report = replace(report, notes=(*report.notes, *result.emission.notes))
-    else:
-        report = result.save(out, overwrite=overwrite, verify=not no_verify)
-    if as_json:
-        typer.echo(report.to_json(), nl=False)
-    else:
-        print_report(report, None if dry_run else out)
-
-
+command_prune.add(app)
 see.add(app)
 app.command()(graph.graph)
 

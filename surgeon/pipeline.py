@@ -21,20 +21,26 @@ from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
 from surgeon.opening import Model, open_model, opening_origin
 from surgeon.planning import Passes, planned
+from surgeon.recipes import DEFAULT_RECIPE, load_recipe
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from surgeon.calibrate.data import Recipe
+    from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
+    from surgeon.recipes.schema import Recipe
     from surgeon.report.verify import Verification
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a prune did, as `surgeon.json` holds it."""
+    """What a prune did, as `surgeon.json` holds it.
+
+    `recipe` tells of each pass: what it is called, its options, seconds, effect and notes.
+    `as_recipe` is what a recipe's file would say, every option spelled out; it gives the same plan.
+    """
 
     source: Mapping[str, str]
     recipe: Sequence[Mapping[str, Any]]
@@ -47,6 +53,7 @@ class Report:
     notes: tuple[str, ...] = ()
     target: Mapping[str, Any] = field(default_factory=dict[str, Any])
     verification: Mapping[str, Any] | None = None
+    as_recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> str:
         """Returns the report as JSON text."""
@@ -194,42 +201,51 @@ def versions() -> dict[str, str]:
 def prune(
     source: Any,
     *,
+    recipe: str | Path | Recipe | Mapping[str, Any] | None = None,
     ratio: float | None = None,
     roles: Mapping[str, float] | None = None,
-    freeze: Iterable[str] = (),
-    only: Iterable[str] = (),
-    score: str = "magnitude",
-    select: str = "uniform",
-    compensate: Sequence[str] = (),
+    freeze: Iterable[str] | None = None,
+    only: Iterable[str] | None = None,
+    transform: Sequence[str] | None = None,
+    score: str | None = None,
+    select: str | None = None,
+    compensate: Sequence[str] | None = None,
+    transform_options: Mapping[str, Any] | None = None,
     score_options: Mapping[str, Any] | None = None,
     select_options: Mapping[str, Any] | None = None,
     compensate_options: Mapping[str, Any] | None = None,
-    calibration: Recipe | None = None,
+    calibration: CalibrationData | None = None,
     plan: Plan | None = None,
     rewrites: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     verify: bool = True,
     example_inputs: Sequence[Any] | None = None,
     dynamic_shapes: Any = None,
     trust_remote_code: bool = False,
-    target: str = "transformers",
+    target: str | None = None,
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
+    What is named here holds in place of what the recipe says.
+
     Args:
         source: what `open_model` takes.
+        recipe: one that ships, by name (`surgeon.recipes.shipped`), a YAML file, or what it holds;
+            without it, `surgeon.recipes.DEFAULT_RECIPE`.
         ratio: share of the decoder-layer parameters to remove.
         roles: share of the indices to remove by role, such as `{"ffn": 0.25, "kv_heads": 1/3}`;
             `layers` drops whole layers. `ratio` then fills the remaining roles.
         freeze: globs over axes and module paths that stay whole.
         only: globs over axes and module paths; nothing else is pruned.
+        transform: passes that change weights before anything is scored, in this order.
         score: a score pass.
         select: a selection pass.
-        compensate: compensation passes, in this order.
-        score_options: the score pass's options.
-        select_options: the selection pass's options.
+        compensate: compensation passes, in this order; none of them if it is empty.
+        transform_options: those of the transforms, the same for all.
+        score_options: the score pass's options; beside the recipe's if no pass is named.
+        select_options: the selection pass's options, likewise.
         compensate_options: those of the compensation passes, the same for all.
-        calibration: the data for passes that need activations.
+        calibration: the data for passes that look at what the model computes.
         plan: replay this plan instead of making one.
         rewrites: full-size tensors that belong to a replayed plan.
         seed: for passes that draw at random.
@@ -243,61 +259,176 @@ def prune(
     Raises:
         SurgeonError: with the reason, before anything is written.
     """
-    roles = dict(roles or {})
-    if plan is None:
-        if ratio is None and not roles:
-            raise SurgeonError(
-                Code.BAD_RATIO,
-                "nothing says how much to remove",
-                at="--ratio, --role",
-                why="neither a ratio nor a role was given",
-                try_="--ratio 0.2, or --role ffn=0.25",
-            )
-        if ratio is not None:
-            check_ratio(ratio, "--ratio")
-        for role, share in roles.items():
-            check_ratio(share, f"--role {role}")
-    origin = open_model(
-        source,
-        example_inputs=example_inputs,
-        dynamic_shapes=dynamic_shapes,
-        trust_remote_code=trust_remote_code,
+    opening = {
+        "example_inputs": example_inputs,
+        "dynamic_shapes": dynamic_shapes,
+        "trust_remote_code": trust_remote_code,
+    }
+    if plan is not None:
+        return _replayed(source, opening, plan, rewrites, target or "transformers", verify)
+    from surgeon.recipes.changes import Changes, Named, calibration_of
+
+    def named(names: Sequence[str] | str | None, options: Mapping[str, Any] | None) -> Named:
+        several = (names,) if isinstance(names, str) else names
+        return Named(None if several is None else tuple(several), options or {})
+
+    budget = {"ratio": ratio, "roles": roles, "freeze": freeze, "only": only}
+    changes = Changes(
+        budget=budget,
+        calibration=calibration_of(calibration),
+        passes={
+            "transform": named(transform, transform_options),
+            "score": named(score, score_options),
+            "select": named(select, select_options),
+            "compensate": named(compensate, compensate_options),
+        },
+        target=target,
+        seed=seed,
+        model=str(source) if isinstance(source, str | Path) else None,
     )
+    settled = changes.applied(load_recipe(DEFAULT_RECIPE if recipe is None else recipe))
+    return run(source, settled, opening, calibration=calibration, verify=verify)
+
+
+def run(
+    source: Any,
+    recipe: Recipe,
+    opening: Mapping[str, Any],
+    *,
+    calibration: CalibrationData | None = None,
+    verify: bool = True,
+) -> Pruned:
+    """Returns the smaller model that a recipe makes of a source; see `prune`.
+
+    Args:
+        source: what `open_model` takes.
+        recipe: all that there is to say.
+        opening: options of `open_model`.
+        calibration: data that no recipe can name, such as token ids, in place of its sources.
+        verify: compare with the masked reference now.
+    """
+    _check_asked(recipe)
+    origin = _opened(source, opening)
+    start = time.perf_counter()
+    budget = budget_of(origin, recipe)
+    passes = Passes.of(recipe.passes)
+    made = planned(
+        origin,
+        passes,
+        budget,
+        calibration=calibration or _data_of(recipe),
+        seed=recipe.seed,
+    )
+    seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
+    entries = [found.to_json() for found in made.results]
+    spelled = _spelled(recipe, passes).to_data()
+    result = _result(origin, made.plan, made.rewrites, recipe.target)
+    report = _report(origin, result.plan, entries, made.notes, recipe.budget.ratio, seconds)
+    report = replace(report, as_recipe=spelled)
+    return _finished(replace(result, report=report), verify)
+
+
+def _replayed(
+    source: Any,
+    opening: Mapping[str, Any],
+    plan: Plan,
+    rewrites: Mapping[str, Any] | None,
+    target: str,
+    verify: bool,
+) -> Pruned:
+    """Returns what a plan makes of a source."""
+    origin = _opened(source, opening)
+    multiples_of(origin, target)  # refuses a target that there isn't
+    start = time.perf_counter()
+    entries = [{"pass": "replay", "options": {"source": dict(plan.source)}}]
+    result = _result(origin, plan, rewrites or {}, target)
+    seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
+    report = _report(origin, result.plan, entries, (), None, seconds)
+    return _finished(replace(result, report=report), verify)
+
+
+def _check_asked(recipe: Recipe) -> None:
+    """Refuses a recipe that doesn't say how much is to go."""
+    budget = recipe.budget
+    if budget.ratio is None and not budget.roles:
+        raise SurgeonError(
+            Code.BAD_RATIO,
+            "nothing says how much to remove",
+            at="--ratio, --role",
+            why="neither a ratio nor a role was given",
+            try_="--ratio 0.2, or --role ffn=0.25",
+        )
+    if budget.ratio is not None:
+        check_ratio(budget.ratio, "--ratio")
+    for role, share in budget.roles.items():
+        check_ratio(share, f"--role {role}")
+
+
+def _opened(source: Any, opening: Mapping[str, Any]) -> Model:
+    origin = open_model(source, **opening)
     if origin.source is not None and origin.source.weights is not None:
         origin.source.weights.check(origin.program.params)
-    recipe: list[dict[str, Any]] = []
-    notes: list[str] = []
-    multiples = _multiples(origin, target)
-    start = time.perf_counter()
-    if plan is None:
-        axes, branches = allowed(origin.axes, freeze, only)
-        counted = decoder_params(origin.axes)
-        budget = Budget(ratio, roles, counted, axes, branches, multiples())
-        passes = Passes.of(
-            (score, score_options or {}),
-            (select, select_options or {}),
-            [(name, compensate_options or {}) for name in compensate],
-        )
-        plan, rewrites = planned(
-            origin, passes, budget, recipe, calibration=calibration, seed=seed, notes=notes
-        )
-    else:
-        recipe.append({"pass": "replay", "options": {"source": dict(plan.source)}})
+    return origin
+
+
+def budget_of(origin: Model, recipe: Recipe) -> Budget:
+    """Returns what a recipe's budget means for a model.
+
+    Raises:
+        SurgeonError: `no-such-axis` for a glob that matches nothing.
+    """
+    asked = recipe.budget
+    multiples = multiples_of(origin, recipe.target)
+    axes, branches = allowed(origin.axes, asked.freeze, asked.only)
+    counted = decoder_params(origin.axes)
+    return Budget(asked.ratio, dict(asked.roles), counted, axes, branches, multiples())
+
+
+def _data_of(recipe: Recipe) -> CalibrationData | None:
+    """Returns the data that a recipe names, or None."""
+    asked = recipe.calibration
+    if not asked.sources:
+        return None
+    from surgeon.calibrate.data import Piece
+    from surgeon.calibrate.data import Recipe as Data
+
+    pieces = tuple(Piece(piece.source, piece.weight) for piece in asked.sources)
+    seed = recipe.seed if asked.seed is None else asked.seed
+    return Data(pieces, asked.samples, asked.length, seed)
+
+
+def _spelled(recipe: Recipe, passes: Passes) -> Recipe:
+    """Returns a recipe with every option of its passes, whatever their defaults will be."""
+    from surgeon.effects import options_of
+    from surgeon.recipes.changes import step
+
+    steps = tuple(step(p.kind, p.name, options_of(p.made)) for p in passes.every)
+    return recipe.model_copy(
+        update={"passes": steps, "seed": recipe.seed, "target": recipe.target, "about": ""}
+    )
+
+
+def _result(origin: Model, plan: Plan, rewrites: Mapping[str, Any], target: str) -> Pruned:
+    """Returns a plan with its model, still without a report."""
     check(origin.axes, plan)
     _same_source(origin, plan)
     if origin.tensors is not None:
         plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
-    seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
-    report = _report(origin, plan, recipe, notes, ratio, seconds)
-    result = Pruned(origin, plan, report, dict(rewrites or {}), target)
+    return Pruned(origin, plan, _NO_REPORT, dict(rewrites), target)
+
+
+_NO_REPORT = Report({}, (), {}, {}, (), (), {}, {})
+
+
+def _finished(result: Pruned, verify: bool) -> Pruned:
     verify_program(result.program)
-    if verify and origin.tensors is not None and not plan.empty:
+    if verify and result.origin.tensors is not None and not result.plan.empty:
         found = result.verify()
-        result = replace(result, report=replace(report, verification=found.to_json()))
+        result = replace(result, report=replace(result.report, verification=found.to_json()))
     return result
 
 
-def _multiples(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
+def multiples_of(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
     """Returns what tells, when asked, which multiples a target wants; refuses an unknown one."""
     if target != "transformers":
         from surgeon.emit.target import get_target
@@ -315,8 +446,8 @@ def _multiples(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
 def _report(
     origin: Model,
     plan: Plan,
-    recipe: list[dict[str, Any]],
-    notes: list[str],
+    recipe: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
     ratio: float | None,
     seconds: Mapping[str, float],
 ) -> Report:

@@ -3,182 +3,310 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from surgeon.axes.axes import Axes
 from surgeon.axes.budget import Budget
 from surgeon.axes.plan import Plan
+from surgeon.conditions import check_scores, check_selected, check_tensors
+from surgeon.effects import PassResult, of_plan, of_scores, of_tensors, options_of
 from surgeon.errors import Code, SurgeonError, no_weights
+from surgeon.ir.verify import verify as verify_program
 from surgeon.opening import Model
 from surgeon.plugin import Calibration, Context, GetScores
 from surgeon.registry import build
 
 if TYPE_CHECKING:
-    from surgeon.calibrate.data import Recipe
+    from surgeon.calibrate.data import Recipe, Windows
 
-Named = tuple[str, Mapping[str, Any]]
-"""A pass by name, and its options."""
+LOOKING = ("activations", "gradients", "loss")
+"""What a need begins with that only calibration data can meet."""
+
+
+class Step(Protocol):
+    """A pass as a recipe names it."""
+
+    @property
+    def kind(self) -> str:
+        """Of the pass."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Of the pass."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """That it is built with."""
+        ...
+
+
+class Driven(Calibration, Protocol):
+    """Calibration data as the driver handles it between passes.
+
+    Where it has a method `expect(needs)`, that hears what will be asked for, so that one walk can
+    gather all of it.
+    """
+
+    def with_rewrites(self, rewrites: Mapping[str, Any], *, dense: bool) -> Driven:
+        """Returns the same data on a model in which some tensors are replaced.
+
+        Args:
+            rewrites: full-size tensors by parameter.
+            dense: replace them in the dense model too, not in the pruned one alone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Named:
+    """A pass that is built, and what it is called."""
+
+    kind: str
+    name: str
+    made: Any
+
+    @property
+    def label(self) -> str:
+        """Kind and name."""
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the pass must be supplied with: the instance says, as its options may matter."""
+        return self.made.needs
+
+    @property
+    def looks(self) -> bool:
+        """Whether it needs calibration data."""
+        return any(need.startswith(LOOKING) for need in self.needs)
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of one prune, built: each with its name."""
+    """The passes of one prune, built, in the order in which they run."""
 
-    score: tuple[str, Any]
-    select: tuple[str, Any]
-    compensate: tuple[tuple[str, Any], ...] = ()
+    score: Named
+    select: Named
+    transform: tuple[Named, ...] = ()
+    compensate: tuple[Named, ...] = ()
 
     @classmethod
-    def of(cls, score: Named, select: Named, compensate: Iterable[Named] = ()) -> Passes:
-        """Returns the passes of these names.
+    def of(cls, steps: Iterable[Step]) -> Passes:
+        """Returns the passes that a recipe names: one score, one select, any number of the others.
 
         Raises:
             SurgeonError: `no-such-pass`, or `bad-option` for one that a pass hasn't.
         """
+        made = [Named(s.kind, s.name, build(s.kind, s.name, s.options)) for s in steps]
+        (score,) = (p for p in made if p.kind == "score")
+        (select,) = (p for p in made if p.kind == "select")
         return cls(
-            (score[0], build("score", *score)),
-            (select[0], build("select", *select)),
-            tuple((named[0], build("compensate", *named)) for named in compensate),
+            score,
+            select,
+            tuple(p for p in made if p.kind == "transform"),
+            tuple(p for p in made if p.kind == "compensate"),
         )
 
     @property
-    def every(self) -> tuple[Any, ...]:
-        """All of them, in the order in which they run."""
-        return (self.score[1], self.select[1], *(made for _, made in self.compensate))
+    def every(self) -> tuple[Named, ...]:
+        """All of them, in order."""
+        return (*self.transform, self.score, self.select, *self.compensate)
+
+    @property
+    def look(self) -> bool:
+        """Whether one of them needs calibration data."""
+        return any(p.looks for p in self.every)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the passes made.
+
+    Attributes:
+        plan: what goes.
+        rewrites: full-size tensors that replace others before the plan is applied.
+        results: what each pass did.
+        notes: what passes had to say.
+    """
+
+    plan: Plan
+    rewrites: Mapping[str, Any]
+    results: tuple[PassResult, ...]
+    notes: tuple[str, ...]
 
 
 def planned(
     origin: Model,
     passes: Passes,
     budget: Budget,
-    record: list[dict[str, Any]],
     *,
-    calibration: Recipe | None = None,
+    calibration: Recipe | Windows | None = None,
     seed: int = 0,
-    notes: list[str] | None = None,
-) -> tuple[Plan, dict[str, Any]]:
-    """Returns the plan, and the tensors that replace others before it is applied.
+) -> Planned:
+    """Returns the plan, the tensors that replace others before it is applied, and their record.
+
+    Transforms run first, and what comes after sees their weights as the model's own. Then indices
+    are scored and selected. Each compensation sees, in weights and in the pruned model, what those
+    before it replaced; the dense model stays what it was.
 
     Args:
         origin: the model.
-        passes: what scores, selects and compensates.
+        passes: what transforms, scores, selects and compensates.
         budget: how much is to go, and from where.
-        record: gets an entry for every pass: its name, options and seconds.
-        calibration: the data for passes that need activations.
+        calibration: the data for passes that look at what the model computes.
         seed: for passes that draw at random.
-        notes: gets what passes have to say.
 
     Raises:
-        SurgeonError: `bad-option` where a pass needs data and there is none; what passes refuse.
+        SurgeonError: `bad-option` where a pass needs data and there is none; what passes refuse;
+            `bad-plan` and others, with the pass's name, for what a pass gives that can't be used.
     """
-    data = _calibration(origin, passes, calibration, record)
-    notes = [] if notes is None else notes
-    context = Context(origin.axes, origin.read, seed=seed, notes=notes, calibration=data)
-    plan = _select(context, budget, passes, record)
-    return plan, _compensate(context, plan, passes, record)
+    verify_program(origin.program)
+    run = _Run(origin, budget, seed)
+    data = run.gathered(passes, calibration) if passes.look else None
+    later = (passes.score, passes.select, *passes.compensate)
+    changed: dict[str, Any] = {}
+    for step in passes.transform:
+        context = run.context(changed, data, (step,))
+        made = run.rewriting(step, lambda c=context, p=step: p.made.transform(c), context)
+        changed.update(made)
+        if data is not None and made:
+            data = data.with_rewrites(made, dense=True)
+    context = run.context(changed, data, later)
+    plan = run.select(context, passes)
+    mended: dict[str, Any] = {}
+    for step in passes.compensate:
+        seen = data.with_rewrites(mended, dense=False) if data is not None and mended else data
+        context = run.context({**changed, **mended}, seen, (step,))
+        mended |= run.rewriting(step, lambda c=context, p=step: p.made.compensate(c, plan), context)
+    return Planned(plan, {**changed, **mended}, tuple(run.results), tuple(run.notes))
 
 
-def _calibration(
-    origin: Model, passes: Passes, recipe: Recipe | None, record: list[dict[str, Any]]
-) -> Calibration | None:
-    """Returns the calibration data that passes need, or None where none of them needs any."""
-    needy = [p for p in passes.every if any(need.startswith("activations") for need in p.needs)]
-    if not needy:
-        return None
-    if recipe is None:
-        raise SurgeonError(
-            Code.BAD_OPTION,
-            f"{type(needy[0]).__name__} needs calibration data",
-            at="--calibration",
-            why="it looks at what the model computes on a text, and none was given",
-            try_="--calibration FILE, with some hundred kilobytes of text as the model will see",
+class _Run:
+    """One run of passes: makes their contexts and keeps the record."""
+
+    def __init__(self, origin: Model, budget: Budget, seed: int) -> None:
+        self.origin, self.budget, self.seed = origin, budget, seed
+        self.results: list[PassResult] = []
+        self.notes: list[str] = []
+
+    def context(
+        self, rewrites: Mapping[str, Any], data: Driven | None, passes: Sequence[Named]
+    ) -> Context:
+        """Returns what a pass is handed where these tensors are replaced.
+
+        Args:
+            rewrites: by parameter; taken as it is now.
+            data: calibration data of that model.
+            passes: those that are going to look at it.
+        """
+        now, read = dict(rewrites), self.origin.read
+
+        def weights(name: str) -> Any:
+            return now[name].float() if name in now else read(name)
+
+        expect = getattr(data, "expect", None)
+        if expect is not None:
+            expect(sorted({need for p in passes for need in p.needs}))
+        return Context(
+            self.origin.axes,
+            weights,
+            seed=self.seed,
+            notes=[],
+            calibration=data,
+            budget=self.budget,
         )
-    if origin.tensors is None:
-        raise no_weights(origin.id)
+
+    def note(
+        self, step: Named, context: Context, seconds: float, effect: Mapping[str, Any]
+    ) -> None:
+        """Adds a pass to the record."""
+        said = tuple(context.notes)
+        self.notes.extend(said)
+        context.notes.clear()
+        self.results.append(
+            PassResult(step.kind, step.name, options_of(step.made), seconds, effect, said)
+        )
+
+    def rewriting(self, step: Named, call: Callable[[], Any], context: Context) -> dict[str, Any]:
+        """Returns the tensors that a pass gives, checked and put on record."""
+        start = time.perf_counter()
+        made = check_tensors(self.origin.axes, step.label, call())
+        self.note(step, context, time.perf_counter() - start, of_tensors(made))
+        return made
+
+    def select(self, context: Context, passes: Passes) -> Plan:
+        """Returns the selection's plan, checked; scores are made when it asks for them."""
+        axes, scorer = self.origin.axes, passes.score.made
+        spent, seen = [0.0], dict[str, Any]()
+        own = replace(context, notes=[])
+
+        def scores(names: Iterable[str]) -> Mapping[str, Any]:
+            begin = time.perf_counter()
+            wanted = tuple(names)
+            found = scorer.score(replace(own, targets=wanted))
+            check_scores(axes, passes.score.label, wanted, found)
+            seen.update({name: found[name] for name in wanted})
+            spent[0] += time.perf_counter() - begin
+            return found
+
+        start = time.perf_counter()
+        given = GetScores(scores, scorer.unit, scorer.cumulative)
+        made = passes.select.made.select(context, given, self.budget)
+        whole = time.perf_counter() - start
+        plan = check_selected(axes, passes.select.label, made, self.budget)
+        self.note(passes.score, own, spent[0], of_scores(seen, axes))
+        effect = of_plan(
+            axes,
+            plan,
+            self.budget.counted,
+            seen,
+            unit=scorer.unit,
+            cumulative=scorer.cumulative,
+        )
+        self.note(passes.select, context, whole - spent[0], effect)
+        return plan
+
+    def gathered(self, passes: Passes, calibration: Recipe | Windows | None) -> Driven:
+        """Returns the calibration data that passes need.
+
+        Raises:
+            SurgeonError: `bad-option` where there is none, `missing-file` without weights.
+        """
+        if calibration is None:
+            needy = next(p for p in passes.every if p.looks)
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{needy.label} needs calibration data",
+                at="--calibration",
+                why="it looks at what the model computes on a text, and none was given",
+                try_="--calibration FILE: some hundred kilobytes of text like what it will see",
+            )
+        if self.origin.tensors is None:
+            raise no_weights(self.origin.id)
+        from surgeon.calibrate.data import Windows
+        from surgeon.calibrate.gathered import Gathered
+
+        start = time.perf_counter()
+        if isinstance(calibration, Windows):
+            windows, seed = calibration, None
+        else:
+            windows, seed = windows_of(self.origin, calibration), calibration.seed
+        samples, length = windows.ids.shape
+        options = {"samples": samples, "length": length, "seed": seed}
+        effect = {"data": {name: list(found) for name, found in windows.origin.items()}}
+        seconds = time.perf_counter() - start
+        self.results.append(PassResult("calibration", "", options, seconds, effect))
+        found: Any = Gathered(self.origin.axes, self.origin.read, windows)
+        return found
+
+
+def windows_of(origin: Model, recipe: Recipe) -> Windows:
+    """Returns the windows of a model's calibration data."""
     from surgeon.calibrate.data import draw
-    from surgeon.calibrate.gathered import Gathered
 
     source = origin.source
     vocab = int(source.config.vocab_size) if source else None
-    windows = draw(recipe, source.load_tokenizer() if source else None, vocab=vocab)
-    samples, length = windows.ids.shape
-    options = {"samples": samples, "length": length, "seed": recipe.seed}
-    record.append({"pass": "calibration", "options": options, "data": dict(windows.origin)})
-    return Gathered(origin.axes, origin.read, windows)
-
-
-def _compensate(
-    context: Context,
-    plan: Plan,
-    passes: Passes,
-    record: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Returns the tensors that make up for a plan; each pass sees those of the ones before it."""
-    found: dict[str, Any] = {}
-    for name, mender in passes.compensate:
-        start = time.perf_counter()
-        made = mender.compensate(context, plan)
-        for param, tensor in made.items():
-            shape = context.program.param[param].type.shape
-            if tuple(tensor.shape) != shape or not bool(tensor.isfinite().all()):
-                raise SurgeonError(
-                    Code.BAD_PLAN,
-                    f"compensate/{name} gave no usable tensor for {param}",
-                    at=param,
-                    why=f"it must be finite and of shape {list(shape)}",
-                    try_="more calibration data, or a larger ridge",
-                )
-        found.update(made)
-        spent = time.perf_counter() - start
-        options = asdict(mender)
-        record.append({"pass": f"compensate/{name}", "options": options, "seconds": spent})
-    return found
-
-
-def _select(
-    context: Context,
-    budget: Budget,
-    passes: Passes,
-    record: list[dict[str, Any]],
-) -> Plan:
-    (score, scorer), (select, selector) = passes.score, passes.select
-    axes = context.axes
-    spent = [0.0]
-
-    def scores(names: Iterable[str]) -> Mapping[str, Any]:
-        begin = time.perf_counter()
-        wanted = tuple(names)
-        found = scorer.score(replace(context, targets=wanted))
-        _check_scores(axes, score, wanted, found)
-        spent[0] += time.perf_counter() - begin
-        return found
-
-    start = time.perf_counter()
-    plan = selector.select(context, GetScores(scores, scorer.unit, scorer.cumulative), budget)
-    whole = time.perf_counter() - start
-    record.append({"pass": f"score/{score}", "options": asdict(scorer), "seconds": spent[0]})
-    options = {**asdict(selector), "ratio": budget.ratio, "roles": dict(budget.roles)}
-    record.append({"pass": f"select/{select}", "options": options, "seconds": whole - spent[0]})
-    return plan
-
-
-def _check_scores(axes: Axes, name: str, wanted: tuple[str, ...], found: Mapping[str, Any]) -> None:
-    import numpy as np
-
-    for target in wanted:
-        array = found.get(target)
-        axis = axes.by_name.get(target)
-        ok = array is not None and bool(np.isfinite(array).all())
-        if array is not None and ok and axis is not None:
-            outer = tuple(axes.by_name[o].size for o in axis.outer)
-            ok = array.shape in ((axis.size,), (*outer, axis.size))
-        if not ok:
-            raise SurgeonError(
-                Code.BAD_PLAN,
-                f"score/{name} gave no usable scores for {target}",
-                at=target,
-                why="scores must be finite numbers, one for each index",
-                try_="check the weights for NaN, and the pass",
-            )
+    return draw(recipe, source.load_tokenizer() if source else None, vocab=vocab)

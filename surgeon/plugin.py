@@ -99,6 +99,9 @@ class Context:
         weights: reads a parameter's tensor by name, when asked for.
         targets: names of the axes and branches that a score is asked for.
         seed: for anything that draws at random.
+        notes: gets what the pass has to say to the user.
+        calibration: what the model computes on data, for passes that need it.
+        budget: what is to go in all; its `axes` and `branches` are all that may.
     """
 
     axes: Axes
@@ -107,6 +110,7 @@ class Context:
     seed: int = 0
     notes: list[str] = field(default_factory=list[str])
     calibration: Calibration | None = None
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def program(self) -> Program:

@@ -78,3 +78,27 @@ def calibration(sources: list[str], samples: int, length: int, seed: int) -> Any
         except ValueError:
             pieces.append(Piece(source))  # the name itself has an equals sign
     return Recipe(tuple(pieces), samples, length, seed) if pieces else None
+
+
+def calibration_keys(
+    sources: list[str] | None, samples: int | None, length: int | None
+) -> dict[str, Any]:
+    """Returns what these options say in place of a recipe's calibration; None says nothing.
+
+    Raises:
+        SurgeonError: `bad-option` for numbers that mean nothing.
+    """
+    from surgeon.recipes.changes import calibration_of
+
+    data = calibration(sources or [], 1, 2, 0)
+    named = calibration_of(data)["sources"] if data is not None else None
+    for option, number, least in (("--samples", samples, 1), ("--length", length, 2)):
+        if number is not None and number < least:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{number} is too few",
+                at=option,
+                why="calibration needs windows of tokens",
+                try_=f"{least} or more",
+            )
+    return {"sources": named, "samples": samples, "length": length}

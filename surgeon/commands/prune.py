@@ -1,0 +1,295 @@
+"""`prune`, `run` and `recipe`: a smaller model, as options, a recipe or an earlier run say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgeon.commands import values
+from surgeon.commands.arguments import JsonOption, ModelArg, RemoteOption
+from surgeon.errors import Code, SurgeonError
+
+if TYPE_CHECKING:
+    from surgeon.pipeline import Pruned
+    from surgeon.recipes.schema import Recipe
+
+OutOption = Annotated[
+    Path | None, typer.Option("-o", "--output", help="folder to write (new or empty)")
+]
+RatioOption = Annotated[
+    str | None, typer.Option(help="share of decoder-layer parameters to remove, such as 0.2")
+]
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(help="text, .jsonl, .npy of token ids or datasets:NAME; FILE=WEIGHT mixes"),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="plan only, write nothing")]
+NoVerifyOption = Annotated[
+    bool, typer.Option("--no-verify", help="skip the comparison with the masked model")
+]
+
+ReplaysAlone = (
+    *("recipe", "ratio", "role", "freeze", "only", "seed"),
+    *("transform", "transform_option", "score", "score_option", "select", "select_option"),
+    *("compensate", "compensate_option", "calibration", "samples", "length"),
+)
+"""Options of `prune` that would make another plan than the one that is replayed."""
+
+
+def _only_replays(context: typer.Context) -> None:
+    """Refuses options that would make another plan than the one that is replayed."""
+    for name in ReplaysAlone:
+        source = context.get_parameter_source(name)
+        if source is not None and not source.name.startswith("DEFAULT"):
+            option = "--" + name.replace("_", "-")
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "--plan replays a plan as it is",
+                at=f"--plan with {option}",
+                why=f"{option} would make another one",
+                try_=f"leave {option} out",
+            )
+
+
+def _need_out(out: Path | None, dry_run: bool, overwrite: bool) -> None:
+    """Refuses, before any work, an output that can't be written."""
+    if dry_run:
+        return
+    if out is None:
+        raise SurgeonError(
+            Code.BAD_OUTPUT,
+            "no output folder is given",
+            at="-o",
+            why="the smaller model has to go somewhere",
+            try_="-o FOLDER, or --dry-run to see the plan",
+        )
+    from surgeon.emit.files import check_output
+
+    check_output(out, overwrite=overwrite)
+
+
+def _done(
+    result: Pruned, out: Path | None, *, overwrite: bool, verify: bool, as_json: bool
+) -> None:
+    """Writes a result, or nothing where there is no place for it, and shows what it is."""
+    from surgeon.commands.printing import print_report
+
+    if out is None:
+        report = result.report
+        if not result.is_graph:
+            report = replace(report, notes=(*report.notes, *result.emission.notes))
+    else:
+        report = result.save(out, overwrite=overwrite, verify=verify)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        print_report(report, out)
+
+
+def _chosen(names: list[str] | None) -> tuple[str, ...] | None:
+    """Returns the passes that options name; `none` takes away those of the recipe."""
+    if names is None:
+        return None
+    return () if names == ["none"] else tuple(names)
+
+
+def prune(
+    context: typer.Context,
+    model: ModelArg,
+    out: OutOption = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="a recipe by name (see 'surgeon recipe') or a YAML file"),
+    ] = None,
+    ratio: RatioOption = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="share of a role's channels, such as ffn=0.25, kv_heads=1/3, layers=0.1"),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="glob over axes and module paths that stay whole")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="glob over axes and module paths; nothing else goes")
+    ] = None,
+    transform: Annotated[
+        list[str] | None, typer.Option(help="pass that changes weights first; several in order")
+    ] = None,
+    score: Annotated[str | None, typer.Option(help="score pass")] = None,
+    select: Annotated[str | None, typer.Option(help="selection pass")] = None,
+    compensate: Annotated[
+        list[str] | None, typer.Option(help="compensation pass; several in order; none for none")
+    ] = None,
+    transform_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the transforms")
+    ] = None,
+    score_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the score pass")
+    ] = None,
+    select_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the selection pass")
+    ] = None,
+    compensate_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the compensation passes")
+    ] = None,
+    calibration: CalibrationOption = None,
+    samples: Annotated[int | None, typer.Option(help="windows of calibration data")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in such a window")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="replay a plan (plan.json or a pruned folder)")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="transformers, or pt2 or onnx, which can express any plan"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="for passes that draw, and for calibration windows")
+    ] = None,
+    dry_run: DryOption = False,
+    overwrite: OverwriteOption = False,
+    no_verify: NoVerifyOption = False,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Write a smaller checkpoint that Transformers loads.
+
+    Options hold in place of what the recipe says.
+    """
+    from surgeon import pipeline
+
+    opening = {"trust_remote_code": trust_remote_code}
+    if plan is not None:
+        _only_replays(context)
+        from surgeon.saving import read_plan
+
+        replayed, rewrites = read_plan(plan)
+        _need_out(out, dry_run, overwrite)
+        result = pipeline.prune(
+            model,
+            plan=replayed,
+            rewrites=rewrites,
+            target=to,
+            verify=False,
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        from surgeon.recipes import DEFAULT_RECIPE, load_recipe
+        from surgeon.recipes.changes import Changes, Named
+
+        shares = values.pairs(role or [], "--role").items()
+        changes = Changes(
+            budget={
+                "ratio": None if ratio is None else values.number(ratio, "--ratio"),
+                "roles": {n: values.number(v, f"--role {n}") for n, v in shares},
+                "freeze": freeze,
+                "only": only,
+            },
+            calibration=values.calibration_keys(calibration, samples, length),
+            passes={
+                kind: Named(names, values.options(given or [], f"--{kind}-option"))
+                for kind, names, given in (
+                    ("transform", _chosen(transform), transform_option),
+                    ("score", None if score is None else (score,), score_option),
+                    ("select", None if select is None else (select,), select_option),
+                    ("compensate", _chosen(compensate), compensate_option),
+                )
+            },
+            target=to,
+            seed=seed,
+            model=model,
+        )
+        settled = changes.applied(load_recipe(recipe or DEFAULT_RECIPE))
+        result = _made(settled, model, out, opening, dry_run, overwrite)
+    to_write = None if dry_run else out
+    _done(result, to_write, overwrite=overwrite, verify=not no_verify, as_json=as_json)
+
+
+def _made(
+    recipe: Recipe,
+    model: str,
+    out: Path | None,
+    opening: dict[str, Any],
+    dry_run: bool,
+    overwrite: bool,
+) -> Pruned:
+    """Returns what a recipe makes of a model, once it is known that it can be written."""
+    from surgeon import pipeline
+
+    _need_out(out, dry_run, overwrite)
+    # Saving compares what was written.
+    return pipeline.run(model, recipe, opening, verify=False)
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of one that ships")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="as for prune; by default the recipe's"),
+    ] = None,
+    out: OutOption = None,
+    ratio: RatioOption = None,
+    calibration: CalibrationOption = None,
+    dry_run: DryOption = False,
+    overwrite: OverwriteOption = False,
+    no_verify: NoVerifyOption = False,
+    as_json: JsonOption = False,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Write the smaller checkpoint that a recipe makes."""
+    from surgeon.recipes import load_recipe
+    from surgeon.recipes.changes import Changes
+
+    changes = Changes(
+        budget={"ratio": None if ratio is None else values.number(ratio, "--ratio")},
+        calibration=values.calibration_keys(calibration, None, None),
+        model=model,
+    )
+    settled = changes.applied(load_recipe(recipe))
+    if settled.model is None:
+        raise SurgeonError(
+            Code.NOT_A_MODEL,
+            "no model is given",
+            at=recipe,
+            why="the recipe has no key 'model', and none stands behind it",
+            try_=f"surgeon run {recipe} MODEL -o OUT",
+        )
+    opening = {"trust_remote_code": trust_remote_code}
+    result = _made(settled, settled.model, out, opening, dry_run, overwrite)
+    to_write = None if dry_run else out
+    _done(result, to_write, overwrite=overwrite, verify=not no_verify, as_json=as_json)
+
+
+def recipe(
+    of: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME|OUT]", help="one that ships, or a folder that prune wrote"),
+    ] = None,
+) -> None:
+    """Print a recipe as YAML: one that ships, or that of any run. Without a name, list them."""
+    from surgeon.recipes import load_recipe, shipped, to_yaml
+
+    if of is None:
+        for name in shipped():
+            typer.echo(f"{name:10} {load_recipe(name).about}")
+        return
+    folder = Path(of)
+    if of in shipped() and not (folder / "surgeon.json").is_file():
+        typer.echo(shipped()[of].read_text("utf-8"), nl=False)
+    elif folder.exists():
+        from surgeon.recipes.runs import of_run
+
+        typer.echo(to_yaml(of_run(folder)), nl=False)
+    else:
+        typer.echo(to_yaml(load_recipe(of)), nl=False)
+
+
+def add(app: typer.Typer) -> None:
+    """Adds these commands to the application."""
+    for command in (prune, run, recipe):
+        app.command()(command)

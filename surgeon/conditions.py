@@ -1,0 +1,158 @@
+"""What has to hold after each pass; one that breaks it is refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.budget import Budget
+from surgeon.axes.plan import Plan, check
+from surgeon.axes.surgery import operate
+from surgeon.errors import Code, SurgeonError, near
+from surgeon.ir.verify import verify as verify_program
+
+
+def broken(by: str, what: str, at: str, why: str, try_: str) -> SurgeonError:
+    """Returns the refusal of what a pass gave back; `by` is the pass."""
+    return SurgeonError(
+        Code.BAD_PLAN, f"{by} gave {what}", at=at, why=why, try_=try_, data={"pass": by}
+    )
+
+
+def check_scores(axes: Axes, by: str, wanted: Iterable[str], found: Any) -> Mapping[str, Any]:
+    """Returns what a score pass gave, if it is a finite number for each index asked for.
+
+    Raises:
+        SurgeonError: `bad-plan`, with the pass and the axis.
+    """
+    import numpy as np
+
+    _is_mapping(by, found, "scores")
+    for target in wanted:
+        array = found.get(target)
+        axis = axes.by_name.get(target)
+        ok = array is not None and bool(np.isfinite(array).all())
+        if array is not None and ok and axis is not None:
+            outer = tuple(axes.by_name[o].size for o in axis.outer)
+            ok = array.shape in ((axis.size,), (*outer, axis.size))
+        if not ok:
+            raise broken(
+                by,
+                f"no usable scores for {target}",
+                target,
+                "scores must be finite numbers, one for each index",
+                "check the weights for NaN, and the pass",
+            )
+    return found
+
+
+def check_selected(axes: Axes, by: str, plan: Any, budget: Budget) -> Plan:
+    """Returns the plan of a selection, if it is one that the model, budget and target allow.
+
+    It is rectangular and within range, leaves something of every axis, takes nothing that is
+    pinned or frozen, keeps to the multiples that the target wants; the program after it is well
+    formed.
+
+    Raises:
+        SurgeonError: `bad-plan`, `plan-mismatch`, `pinned`, `empty-axis` or `bad-program`, with the
+            pass.
+    """
+    if not isinstance(plan, Plan):
+        raise broken(by, "no plan", by, f"it is a {type(plan).__name__}", "return a Plan")
+    if plan.rewrites:
+        raise broken(
+            by,
+            "a plan that replaces tensors",
+            plan.rewrites[0],
+            "a selection says what goes; tensors are replaced by other kinds of pass",
+            "a pass of kind compensate",
+        )
+    names = [*(found.axis for found in plan.cuts), *plan.branches]
+    for name in names:
+        if names.count(name) > 1:
+            raise broken(by, f"two cuts of {name}", name, "each is cut once", "one cut an axis")
+    try:
+        check(axes, plan)
+    except SurgeonError as error:
+        raise _by(by, error) from error
+    for kind, allowed, given in (
+        ("cuts", budget.axes, [found.axis for found in plan.cuts]),
+        ("drops", budget.branches, plan.branches),
+    ):
+        for name in given:
+            if name not in allowed:
+                raise broken(
+                    by,
+                    f"a plan that {kind} {name}",
+                    name,
+                    "it is frozen, or outside of what may be pruned",
+                    "select from budget.axes and budget.branches only",
+                )
+    for found in plan.cuts:
+        multiple = budget.multiple_of.get(found.axis, 1)
+        if found.count % multiple:
+            raise broken(
+                by,
+                f"a plan that keeps {found.count} of {found.axis}",
+                found.axis,
+                f"the target wants a multiple of {multiple}",
+                "round kept counts to budget.multiple_of",
+            )
+    try:
+        verify_program(operate(axes, plan))
+    except SurgeonError as error:
+        raise _by(by, error) from error
+    return plan
+
+
+def check_tensors(axes: Axes, by: str, found: Any) -> dict[str, Any]:
+    """Returns the tensors of a pass, if each can stand for the parameter it is named after.
+
+    Raises:
+        SurgeonError: `bad-plan`, with the pass and the parameter.
+    """
+    import torch
+
+    _is_mapping(by, found, "tensors")
+    known = axes.program.param
+    for param, tensor in found.items():
+        if param not in known:
+            raise broken(
+                by, f"a tensor for '{param}'", param, "there is no such one", near(param, known)
+            )
+        shape = known[param].type.shape
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            why = "it must be a tensor of floating-point numbers"
+        elif tuple(tensor.shape) != shape:
+            why = f"its shape is {list(tensor.shape)}, and it must be {list(shape)}: full size"
+        elif not bool(tensor.isfinite().all()):
+            why = "it holds NaN or infinity"
+        else:
+            continue
+        raise broken(
+            by,
+            f"no usable tensor for {param}",
+            param,
+            why,
+            "more calibration data, or a larger ridge or damping where the pass has one",
+        )
+    return dict(found)
+
+
+def _is_mapping(by: str, found: Any, what: str) -> None:
+    if not isinstance(found, Mapping):
+        why = f"it is a {type(found).__name__}, and must be a mapping by name"
+        raise broken(by, f"no {what}", by, why, "return a dictionary")
+
+
+def _by(by: str, error: SurgeonError) -> SurgeonError:
+    """Returns an error with the pass that brought it about."""
+    return SurgeonError(
+        error.code,
+        f"{by} gave no valid plan: {error.what}",
+        at=error.at,
+        why=error.why,
+        try_=error.try_,
+        data={**error.data, "pass": by},
+    )

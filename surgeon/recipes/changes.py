@@ -1,0 +1,114 @@
+"""What a caller says beside a recipe, which holds in place of what the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgeon.recipes.schema import Recipe, SourceKeys, Step
+
+
+@dataclass(frozen=True)
+class Named:
+    """Passes of one kind: their names, and options that all of them get.
+
+    Attributes:
+        names: in place of the recipe's passes of this kind; None keeps those.
+        options: of the named passes, or, where none is named, beside those of the recipe's.
+    """
+
+    names: tuple[str, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def applied(self, kind: str, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        """Returns the passes of this kind after the change."""
+        if self.names is None:
+            return tuple(_with(own, self.options) for own in steps)
+        return tuple(step(kind, name, dict(self.options)) for name in self.names)
+
+
+def _words(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def step(kind: Any, name: str, options: dict[str, Any]) -> Step:
+    """Returns a pass by name; its options are checked where it is built."""
+    return Step.model_construct(kind=kind, name=name, options=options)
+
+
+def _with(before: Step, options: Mapping[str, Any]) -> Step:
+    if not options:
+        return before
+    # Hyphens and underscores are the same in a pass's option; one may stand in for the other.
+    own = {key.replace("-", "_"): value for key, value in before.options.items()}
+    given = {key.replace("-", "_"): value for key, value in options.items()}
+    return step(before.kind, before.name, {**own, **given})
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What holds in place of what a recipe says; None leaves it as it is.
+
+    Attributes:
+        budget: by key of a recipe's budget. Roles are added to the recipe's; the rest replaces.
+        calibration: by key of a recipe's calibration.
+        passes: by kind of pass.
+        target: of the result.
+        seed: for passes and calibration windows.
+        model: what the recipe is for.
+    """
+
+    budget: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    passes: Mapping[str, Named] = field(default_factory=dict[str, Named])
+    target: str | None = None
+    seed: int | None = None
+    model: str | None = None
+
+    def applied(self, recipe: Recipe) -> Recipe:
+        """Returns the recipe with these changes."""
+        budget = {key: value for key, value in self.budget.items() if value is not None}
+        if "roles" in budget:
+            budget["roles"] = {**recipe.budget.roles, **budget["roles"]}
+        for key in ("freeze", "only"):
+            if key in budget:
+                budget[key] = _words(budget[key])
+        data = {key: value for key, value in self.calibration.items() if value is not None}
+        # A text in place of saved statistics, or the other way round.
+        if "sources" in data:
+            data["statistics"] = None
+        elif "statistics" in data:
+            data["sources"] = ()
+        steps = [
+            made
+            for kind in ("transform", "score", "select", "compensate")
+            for made in self.passes.get(kind, Named()).applied(kind, recipe.of(kind))
+        ]
+        top = {"target": self.target, "seed": self.seed, "model": self.model}
+        updates: dict[str, Any] = {key: value for key, value in top.items() if value is not None}
+        updates["passes"] = tuple(steps)
+        if budget:
+            updates["budget"] = recipe.budget.model_copy(update=budget)
+        if data:
+            updates["calibration"] = recipe.calibration.model_copy(update=data)
+        return recipe.model_copy(update=updates)
+
+
+def calibration_of(data: Any) -> dict[str, Any]:
+    """Returns the keys of a recipe's calibration that say what these data are.
+
+    Token ids have no name that could be read again: a recipe that says so is refused when it runs.
+
+    Args:
+        data: a `surgeon.calibrate.data.Recipe`, or None.
+    """
+    if data is None:
+        return {}
+    sources = tuple(SourceKeys(source=p.name, weight=float(p.weight)) for p in data.pieces)
+    return {
+        "sources": sources,
+        "samples": data.samples,
+        "length": data.length,
+        "seed": data.seed,
+    }

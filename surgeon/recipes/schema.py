@@ -1,0 +1,189 @@
+"""What a recipe may say. Every key is checked, and none is passed over."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+from surgeon.plugin import KINDS
+
+VERSION = 1
+
+
+def _fraction(value: Any) -> Any:
+    """Lets a share be written as a fraction, as on the command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(Fraction(value))  # also 1e-1, which YAML takes for a word
+    except (ValueError, ZeroDivisionError):
+        return value
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Share = Annotated[StrictFloat, BeforeValidator(_fraction), Field(gt=0, lt=1, allow_inf_nan=False)]
+Words = Annotated[tuple[StrictStr, ...], BeforeValidator(_several)]
+Positive = Annotated[StrictInt, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """A part of a recipe: frozen, with these keys and no others."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, str_max_length=1000
+    )
+
+
+class BudgetKeys(Strict):
+    """How much is to go, and from where."""
+
+    ratio: Share | None = None
+    """Share of the decoder layers' parameters."""
+
+    roles: dict[StrictStr, Share] = {}
+    """Share of the indices by role."""
+
+    freeze: Words = ()
+    """Globs over axes and module paths that stay whole."""
+
+    only: Words = ()
+    """Globs over axes and module paths; nothing else goes."""
+
+
+class SourceKeys(Strict):
+    """One source of calibration data."""
+
+    source: StrictStr
+    """A file, relative to where the command runs, or `datasets:NAME`."""
+
+    weight: Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Share of the windows, relative to the other sources."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class CalibrationKeys(Strict):
+    """Which windows of text passes look at."""
+
+    sources: tuple[SourceKeys, ...] = ()
+    """Where the text comes from; it may be left to the command line."""
+
+    samples: Positive = 64
+    """Windows."""
+
+    length: Annotated[StrictInt, Field(ge=2)] = 512
+    """Tokens in a window."""
+
+    seed: Annotated[StrictInt, Field(ge=0)] | None = None
+    """Of the generator that draws the windows; by default the recipe's."""
+
+    statistics: StrictStr | None = None
+    """Saved statistics (`surgeon calibrate`) in place of a text."""
+
+
+class ScheduleKeys(Strict):
+    """In how many rounds it goes."""
+
+    rounds: Positive
+    """Prunes, each calibrated on what the one before it left."""
+
+    shape: Literal["linear", "cubic"] = "linear"
+    """How the ratio grows: evenly, or `1 - (1 - k/rounds)³`, much at first and little at last."""
+
+    stop_if_worse_than: Annotated[StrictFloat, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Largest perplexity, relative to the dense model's, on windows held out; the last model that
+    keeps to it is the result."""
+
+
+class Step(Strict):
+    """A pass by kind and name, with its options."""
+
+    kind: Literal["transform", "score", "select", "compensate"]
+    name: StrictStr
+    options: dict[StrictStr, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        """Turns `{score: obs, damping: 0.1}` into its parts."""
+        if not isinstance(value, dict):
+            raise ValueError("a pass is a mapping such as 'score: magnitude'")
+        kinds = [key for key in value if key in KINDS]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or ", ".join(map(str, value)) or "nothing"
+            raise ValueError(f"a pass has exactly one of {', '.join(KINDS)}; this has {found}")
+        (kind,) = kinds
+        options = {key: given for key, given in value.items() if key != kind}
+        return {"kind": kind, "name": value[kind], "options": options}
+
+    def to_data(self) -> dict[str, Any]:
+        """Returns the pass as a recipe writes it."""
+        return {self.kind: self.name, **self.options}
+
+
+class Recipe(Strict):
+    """Everything that a prune is told but the model: the same from Python, a file and a command.
+
+    Attributes:
+        version: of this form.
+        about: what it is good for, in a line.
+        model: what it is for, if that belongs to it.
+        target: `transformers`, or a graph target.
+        seed: for passes that draw at random, and for the calibration windows.
+        budget: how much is to go, and from where.
+        calibration: which windows passes look at.
+        schedule: in how many rounds; without it, one.
+        passes: in order: any transforms, one score, one select, any compensates.
+    """
+
+    version: Literal[1]
+    about: StrictStr = ""
+    model: StrictStr | None = None
+    target: StrictStr = "transformers"
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    budget: BudgetKeys = BudgetKeys()
+    calibration: CalibrationKeys = CalibrationKeys()
+    schedule: ScheduleKeys | None = None
+    passes: Annotated[tuple[Step, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        order = ["transform", "score", "select", "compensate"]
+        kinds = [step.kind for step in self.passes]
+        for kind in ("score", "select"):
+            if kinds.count(kind) != 1:
+                raise ValueError(f"passes has {kinds.count(kind)} of kind {kind}, it needs one")
+        if kinds != sorted(kinds, key=order.index):
+            raise ValueError(
+                f"passes are in the order {', '.join(kinds)}; they run as {', '.join(order)}"
+            )
+        return self
+
+    def of(self, kind: str) -> tuple[Step, ...]:
+        """Returns the passes of one kind."""
+        return tuple(step for step in self.passes if step.kind == kind)
+
+    def to_data(self) -> dict[str, Any]:
+        """Returns the recipe as plain values; what is not given is left out."""
+        plain = self.model_dump(
+            mode="json", exclude={"passes"}, exclude_unset=True, exclude_none=True
+        )
+        passes = [step.to_data() for step in self.passes]
+        return {"version": VERSION, **plain, "passes": passes}
