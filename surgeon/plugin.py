@@ -18,11 +18,13 @@ from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.axes.budget import Budget, count
 from surgeon.axes.channels import occurrences
-from surgeon.axes.consumers import Consumer, consumers
+from surgeon.axes.consumers import Consumer, Contraction, consumers, contractions
 from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, merged
+from surgeon.axes.producers import Producer, ending, producers
 from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
+from surgeon.ops.rule import Gauge
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,22 +43,28 @@ __all__ = [
     "CompensatePass",
     "Consumer",
     "Context",
+    "Contraction",
     "Cut",
+    "Gauge",
     "GetScores",
     "Pass",
     "Plan",
+    "Producer",
     "ScorePass",
     "SelectPass",
     "Selection",
     "SurgeonError",
     "TransformPass",
     "consumers",
+    "contractions",
     "count",
     "counts",
     "cut",
+    "ending",
     "merged",
     "occurrences",
     "operate",
+    "producers",
 ]
 
 

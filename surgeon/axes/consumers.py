@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,9 @@ _CONTRACT = {
 """Operations that sum over the last dimension of a value against a parameter: which operand is the
 value, which the parameter, and which of its dimensions is summed over."""
 
+_BIAS = {"aten.linear.default": 2, "aten.addmm.default": 0}
+"""Of these, which operand is added to the product."""
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -29,11 +33,15 @@ class Contraction:
         param: its name.
         dim: its dimension that is summed over.
         value: the value whose last dimension is summed over.
+        out: what comes of it.
+        bias: the parameter that is added to the product by the same operation, if one is.
     """
 
     param: str
     dim: int
     value: str
+    out: str = ""
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,13 @@ class Consumer:
         dim: the weight's dimension that is summed over.
         groups: [*outer sizes, size, g]: the columns that go with each index of the axis. Where the
             weight doesn't carry an enclosing axis, that dimension is 1.
+        bias: the parameter that the map adds to its outputs, if it has one.
     """
 
     param: str
     dim: int
     groups: NDArray[np.int64]
+    bias: str | None = None
 
 
 def contractions(program: Program) -> tuple[Contraction, ...]:
@@ -61,7 +71,9 @@ def contractions(program: Program) -> tuple[Contraction, ...]:
             continue
         value, param = op.arg(places[0]), op.arg(places[1])
         if isinstance(value, Ref) and isinstance(param, ParamRef):
-            found.append(Contraction(param.name, places[2], value.name))
+            added = op.arg(_BIAS[op.target]) if op.target in _BIAS else None
+            bias = added.name if isinstance(added, ParamRef) else None
+            found.append(Contraction(param.name, places[2], value.name, op.outputs[0], bias))
     return tuple(found)
 
 
@@ -73,8 +85,15 @@ def consumers(axes: Axes, axis: Axis) -> tuple[Consumer, ...]:
         if (found.param, found.dim) not in carried:
             continue
         expr = axes.param_dims(found.param)[found.dim]
-        places = list(along(axes, axis, expr))
         if found.param not in out:
-            groups = np.concatenate(np.broadcast_arrays(*places), axis=-1)
-            out[found.param] = Consumer(found.param, found.dim, groups)
+            groups = together(along(axes, axis, expr))
+            out[found.param] = Consumer(found.param, found.dim, groups, found.bias)
     return tuple(out.values())
+
+
+def together(places: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Returns places [*outer sizes or 1, size, any] side by side, [*outer sizes, size, g]."""
+    found = list(places)
+    lead = np.broadcast_shapes(*(place.shape[:-1] for place in found))
+    spread = [np.broadcast_to(place, (*lead, place.shape[-1])) for place in found]
+    return np.concatenate(spread, axis=-1)
