@@ -272,11 +272,11 @@ def recipe(
     ] = None,
 ) -> None:
     """Print a recipe as YAML: one that ships, or that of any run. Without a name, list them."""
-    from surgeon.recipes import load_recipe, shipped, to_yaml
+    from surgeon.recipes import about, load_recipe, shipped, to_yaml
 
     if of is None:
         for name in shipped():
-            typer.echo(f"{name:10} {load_recipe(name).about}")
+            typer.echo(f"{name:10} {about(name)}")
         return
     folder = Path(of)
     if of in shipped() and not (folder / "surgeon.json").is_file():

@@ -18,12 +18,17 @@ DEFAULT_RECIPE = "fast"
 _FOLDER = Path(__file__).parent
 _ENDINGS = (".yaml", ".yml")
 
-__all__ = ["DEFAULT_RECIPE", "from_data", "from_text", "load_recipe", "shipped", "to_yaml"]
+__all__ = ["DEFAULT_RECIPE", "about", "from_data", "from_text", "load_recipe", "shipped", "to_yaml"]
 
 
 def shipped() -> dict[str, Path]:
     """Returns the files of the recipes that ship with Surgeon, by name."""
     return {file.stem: file for file in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def about(name: str) -> str:
+    """Returns what a recipe that ships is good for, in a line; its passes need not be there."""
+    return str(read_yaml(shipped()[name])["about"])
 
 
 def load_recipe(recipe: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
@@ -122,7 +127,9 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _refusal(error: Any, where: str) -> SurgeonError:
     """Turns the first of pydantic's findings into a refusal that names the key and the keys."""
-    found = error.errors()[0]
+    every = error.errors()
+    # Of a misspelt key and the one that is missed for it, the former is to be mended.
+    found = next((e for e in every if e["type"] == "extra_forbidden"), every[0])
     loc: Sequence[Any] = found["loc"]
     path = _path(loc)
     known = _keys(loc[:-1]) if found["type"] in ("extra_forbidden", "missing") else ()
@@ -205,9 +212,9 @@ def _text_of(loc: Sequence[Any]) -> str:
         return "see 'surgeon recipe fast'"
     if loc[0] == "passes":
         return "such as '- score: magnitude', the pass's options beside it"
-    if doc:
-        return " ".join(doc.split())
-    return "a mapping of " + ", ".join(holder.model_fields) if holder else "see docs/recipes.md"
+    if holder is not None:
+        return "a mapping of " + ", ".join(holder.model_fields)
+    return " ".join(doc.split()) or "see docs/recipes.md"
 
 
 def _short(value: Any) -> str:

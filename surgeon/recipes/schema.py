@@ -139,29 +139,34 @@ class Step(Strict):
 
 
 class Recipe(Strict):
-    """Everything that a prune is told but the model: the same from Python, a file and a command.
-
-    Attributes:
-        version: of this form.
-        about: what it is good for, in a line.
-        model: what it is for, if that belongs to it.
-        target: `transformers`, or a graph target.
-        seed: for passes that draw at random, and for the calibration windows.
-        budget: how much is to go, and from where.
-        calibration: which windows passes look at.
-        schedule: in how many rounds; without it, one.
-        passes: in order: any transforms, one score, one select, any compensates.
-    """
+    """Everything that a prune is told but the model: the same from Python, a file and a command."""
 
     version: Literal[1]
+    """Of this form: 1."""
+
     about: StrictStr = ""
+    """What it is good for, in a line."""
+
     model: StrictStr | None = None
+    """What it is for, if that belongs to it."""
+
     target: StrictStr = "transformers"
+    """`transformers`, or a graph target such as onnx."""
+
     seed: Annotated[StrictInt, Field(ge=0)] = 0
+    """For passes that draw at random, and for the calibration windows."""
+
     budget: BudgetKeys = BudgetKeys()
+    """How much is to go, and from where."""
+
     calibration: CalibrationKeys = CalibrationKeys()
+    """Which windows passes look at."""
+
     schedule: ScheduleKeys | None = None
+    """In how many rounds; without it, one."""
+
     passes: Annotated[tuple[Step, ...], Field(min_length=2)]
+    """In order: any transforms, one score, one select, any compensates."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
