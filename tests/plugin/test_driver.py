@@ -1,0 +1,326 @@
+"""What the driver promises passes, and what it holds them to: with passes of another package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import surgeon
+from surgeon.effects import of_plan
+from surgeon.errors import Code, SurgeonError
+from surgeon.opening import Model, open_model
+from surgeon.plugin import Plan, cut
+from tests import models
+from tests.plugin.conftest import Install
+
+pytestmark = pytest.mark.slow
+
+FFN = "model.layers.0.mlp/ffn"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
+
+TIMES = '''
+"""Multiplies one parameter, as it is now."""
+from dataclasses import dataclass
+from surgeon.plugin import KIND
+
+@dataclass(frozen=True)
+class Times(KIND):
+    """A factor."""
+    needs = frozenset({"weights"})
+    param: str
+    by: float = 2.0
+    bad: str = ""
+
+    def CALL:
+        import torch
+        context.notes.append(f"{self.param} times {self.by:g}")
+        if self.bad == "name":
+            return {"nothing.weight": torch.zeros(1)}
+        if self.bad == "shape":
+            return {self.param: torch.zeros(2, 2)}
+        if self.bad == "nan":
+            return {self.param: context.weights(self.param) * float("nan")}
+        if self.bad == "integers":
+            return {self.param: context.weights(self.param).long()}
+        if self.bad == "list":
+            return [self.param]
+        return {self.param: context.weights(self.param) * self.by}
+'''
+
+SEEN = '''
+"""Scores MLP channels by the first row or column of one parameter."""
+from dataclasses import dataclass
+import numpy as np
+from surgeon.plugin import ScorePass
+
+@dataclass(frozen=True)
+class Seen(ScorePass):
+    """A parameter's own numbers."""
+    param: str = "model.layers.0.mlp.down_proj.weight"
+    bad: str = ""
+
+    def score(self, context):
+        column = context.weights(self.param)[0].double().numpy()
+        out = {}
+        for name in context.targets:
+            axis = context.axes.by_name.get(name)
+            size = () if axis is None else (axis.size,)
+            out[name] = np.resize(column, size)
+            if self.bad == "nan":
+                out[name] = out[name] * np.nan
+            if self.bad == "shape":
+                out[name] = out[name][:1]
+        return {} if self.bad == "none" else [1] if self.bad == "list" else out
+'''
+
+TAKE = '''
+"""Takes the lowest of one axis, or does wrong."""
+from dataclasses import dataclass, replace
+import numpy as np
+from surgeon.plugin import Cut, Plan, SelectPass, cut
+
+@dataclass(frozen=True)
+class Take(SelectPass):
+    """The lowest."""
+    axis: str
+    kept: int = 8
+    bad: str = ""
+
+    def select(self, context, scores, budget):
+        axis = context.axes.get(self.axis)
+        found = scores([self.axis])[self.axis]
+        one = cut(axis, np.argsort(-found, kind="stable")[: self.kept])
+        if self.bad == "none":
+            return None
+        if self.bad == "rewrites":
+            return Plan((one,), rewrites=(context.program.params[0].name,))
+        if self.bad == "twice":
+            return Plan((one, one))
+        if self.bad == "order":
+            return Plan((replace(one, kept=one.kept[::-1]),))
+        if self.bad == "ragged":
+            kept = ((0, 1), (0, 1, 2))
+            return Plan((replace(one, kept=kept, outer=axis.outer[:1] or ("x",)),))
+        if self.bad == "branch":
+            return Plan((), (context.axes.branches[0].name,))
+        return Plan((one,))
+'''
+
+
+@pytest.fixture(scope="module")
+def llama() -> Model:
+    return open_model(models.tiny("Llama"))
+
+
+@pytest.fixture(autouse=True)
+def acme(install: Install) -> Iterator[None]:
+    calls = {"transform": "transform(self, context)", "compensate": "compensate(self, context, _)"}
+    files = {
+        f"{kind}/times.py": TIMES.replace("KIND", f"{kind.title()}Pass").replace("CALL", call)
+        for kind, call in calls.items()
+    }
+    before = set(sys.modules)
+    install("acme", {**files, "score/seen.py": SEEN, "select/take.py": TAKE})
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("acme"):
+            del sys.modules[name]
+
+
+def recipe(*passes: dict[str, Any], **budget: Any) -> dict[str, Any]:
+    return {"version": 1, "passes": list(passes), "budget": budget or {"ratio": 0.1}}
+
+
+def take(bad: str = "", axis: str = FFN, kept: int = 8) -> dict[str, Any]:
+    return {"select": "take", "axis": axis, "kept": kept, "bad": bad}
+
+
+def times(kind: str, param: str, by: float = 2.0, bad: str = "") -> dict[str, Any]:
+    return {kind: "times", "param": param, "by": by, "bad": bad}
+
+
+def entries(pruned: Any) -> list[tuple[str, Any]]:
+    return [(entry["pass"], entry) for entry in pruned.report.recipe]
+
+
+# --- what passes see -----------------------------------------------------------------------------
+
+
+def test_what_is_scored_is_what_transforms_left(llama: Model) -> None:
+    steps = ({"score": "seen"}, take())
+    plain = surgeon.prune(llama, recipe=recipe(*steps), verify=False)
+    turned = surgeon.prune(llama, recipe=recipe(times("transform", DOWN, -1), *steps), verify=False)
+    column = llama.read(DOWN)[0]
+    (kept,) = (c.array for c in plain.plan.cuts)
+    assert kept.tolist() == sorted(column.argsort(descending=True)[:8].tolist())
+    (kept,) = (c.array for c in turned.plan.cuts)
+    assert kept.tolist() == sorted(column.argsort()[:8].tolist())
+
+
+def test_each_rewrite_is_seen_by_those_after_it(llama: Model) -> None:
+    pruned = surgeon.prune(
+        llama,
+        recipe=recipe(
+            times("transform", DOWN, 3),
+            times("transform", DOWN, 5),
+            {"score": "seen"},
+            take(),
+            times("compensate", DOWN, 7),
+            times("compensate", UP, 2),
+            times("compensate", DOWN, 11),
+        ),
+    )
+    assert pruned.rewrites.keys() == {DOWN, UP}
+    torch.testing.assert_close(pruned.rewrites[DOWN], llama.read(DOWN) * (3 * 5 * 7 * 11))
+    torch.testing.assert_close(pruned.rewrites[UP], llama.read(UP) * 2)
+    # The smaller model is the masked one, with what was rewritten in both.
+    assert pruned.report.verification is not None
+    assert pruned.report.verification["largest"] <= 1e-4
+
+
+def test_the_record_says_what_each_did(llama: Model) -> None:
+    pruned = surgeon.prune(
+        llama,
+        recipe=recipe(
+            times("transform", DOWN, 3), {"score": "seen"}, take(), times("compensate", UP, 2)
+        ),
+        verify=False,
+    )
+    labels = ["transform/times", "score/seen", "select/take", "compensate/times"]
+    assert [label for label, _ in entries(pruned)] == labels
+    moved, scored, selected, mended = (entry for _, entry in entries(pruned))
+    assert moved["options"] == {"param": DOWN, "by": 3.0, "bad": ""}
+    assert moved["effect"] == mended["effect"] == {"replaced": 1, "elements": 80 * 48}
+    assert moved["notes"] == [f"{DOWN} times 3"] and mended["notes"] == [f"{UP} times 2"]
+    assert pruned.report.notes == (f"{DOWN} times 3", f"{UP} times 2")
+    assert scored["effect"] == {"axes": 1, "branches": 0}
+    assert selected["effect"] == {"removed": {"ffn": 72}, "parameters": 72 * 48 * 3}
+    assert all(entry["seconds"] >= 0 for _, entry in entries(pruned))
+    again = pruned.report.as_recipe["passes"]
+    assert again[0] == times("transform", DOWN, 3) and again[2] == take()
+
+
+def test_the_model_is_not_changed(llama: Model) -> None:
+    before = llama.read(DOWN).clone()
+    steps = (times("transform", DOWN), {"score": "seen"}, take(), times("compensate", DOWN))
+    surgeon.prune(llama, recipe=recipe(*steps), verify=False)
+    assert torch.equal(llama.read(DOWN), before)
+
+
+# --- predicted loss ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cumulative", "expected"), [(False, 0 + 1 + 2 + 7.0), (True, 2 + 7.0)])
+def test_the_predicted_loss_adds_up_what_went(
+    llama: Model, cumulative: bool, expected: float
+) -> None:
+    axes = llama.axes
+    branch = axes.branches[0].name
+    plan = Plan((cut(axes.get(FFN), range(3, 80)),), (branch,))
+    scores = {FFN: np.arange(80.0), branch: np.asarray(7.0)}
+    effect = of_plan(axes, plan, (), scores, unit="loss", cumulative=cumulative)
+    assert effect["predicted_loss"] == expected
+    assert "predicted_loss" not in of_plan(axes, plan, (), {}, unit="loss", cumulative=False)
+    assert "predicted_loss" not in of_plan(axes, plan, (), scores, unit="role", cumulative=False)
+
+
+def test_the_predicted_loss_of_a_choice_by_group(llama: Model) -> None:
+    axes = llama.axes
+    axis = next(a for a in axes.axes if a.role == "q_per_kv")
+    kv = axes.get(axis.outer[0]).size
+    scores = np.arange(float(kv * axis.size)).reshape(kv, axis.size)
+    own = cut(axis, [[i % axis.size] for i in range(kv)], axis.outer[:1])
+    gone = scores.sum() - sum(scores[i, i % axis.size] for i in range(kv))
+
+    def predicted(plan: Plan, found: Any) -> float:
+        effect = of_plan(axes, plan, (), {axis.name: found}, unit="loss", cumulative=False)
+        return effect["predicted_loss"]
+
+    assert predicted(Plan((own,)), scores) == gone
+    same = cut(axis, [0])  # one choice everywhere takes its index from every group
+    assert predicted(Plan((same,)), scores) == scores[:, 1:].sum()
+
+
+# --- what passes are held to ---------------------------------------------------------------------
+
+
+def refusal(llama: Model, by: str, *passes: dict[str, Any], **budget: Any) -> SurgeonError:
+    with pytest.raises(SurgeonError) as caught:
+        surgeon.prune(llama, recipe=recipe(*passes, **budget), verify=False)
+    error = caught.value
+    assert by in error.what and error.data["pass"] == by, error
+    return error
+
+
+@pytest.mark.parametrize("kind", ["transform", "compensate"])
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("name", "no such one"),
+        ("shape", "[2, 2]"),
+        ("nan", "NaN"),
+        ("integers", "floating-point"),
+        ("list", "must be a mapping"),
+    ],
+)
+def test_tensors_that_cannot_be_used(llama: Model, kind: str, bad: str, says: str) -> None:
+    step = times(kind, DOWN, bad=bad)
+    middle = [{"score": "seen"}, take()]
+    steps = [step, *middle] if kind == "transform" else [*middle, step]
+    error = refusal(llama, f"{kind}/times", *steps)
+    assert error.code is Code.BAD_PLAN and says in str(error)
+
+
+@pytest.mark.parametrize("bad", ["nan", "shape", "none", "list"])
+def test_scores_that_cannot_be_used(llama: Model, bad: str) -> None:
+    error = refusal(llama, "score/seen", {"score": "seen", "bad": bad}, take())
+    assert error.code is Code.BAD_PLAN
+
+
+@pytest.mark.parametrize(
+    ("step", "code", "says"),
+    [
+        (take("none"), Code.BAD_PLAN, "NoneType"),
+        (take("rewrites"), Code.BAD_PLAN, "compensate"),
+        (take("twice"), Code.BAD_PLAN, "two cuts"),
+        (take("order"), Code.BAD_PLAN, "out of order"),
+        (take("ragged"), Code.BAD_PLAN, "different numbers"),
+        (take(kept=0), Code.EMPTY_AXIS, "nothing would be left"),
+    ],
+)
+def test_plans_that_cannot_be_applied(
+    llama: Model, step: dict[str, Any], code: Code, says: str
+) -> None:
+    error = refusal(llama, "select/take", {"score": "seen"}, step)
+    assert error.code is code and says in str(error)
+
+
+def test_what_is_pinned_stays(llama: Model) -> None:
+    pinned = next(a for a in llama.axes.axes if a.pins)
+    error = refusal(llama, "select/take", {"score": "seen"}, take(axis=pinned.name))
+    assert error.code is Code.PINNED and error.why == pinned.pins[0].why
+
+
+def test_what_is_frozen_stays(llama: Model) -> None:
+    seen = {"score": "seen"}
+    error = refusal(llama, "select/take", seen, take(), ratio=0.1, freeze="model.layers.0")
+    assert error.code is Code.BAD_PLAN and "frozen" in error.why and error.at == FFN
+    branch = llama.axes.branches[0].name
+    error = refusal(llama, "select/take", seen, take("branch"), ratio=0.1, only="*/ffn")
+    assert error.code is Code.BAD_PLAN and "drops" in error.what and error.at == branch
+
+
+def test_a_target_gets_the_multiples_it_wants(
+    llama: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgeon.emit.huggingface.multiple_of", lambda *_: {FFN: 16})
+    seen = {"score": "seen"}
+    surgeon.prune(llama, recipe=recipe(seen, take(kept=32)), verify=False)
+    error = refusal(llama, "select/take", seen, take(kept=24))
+    assert error.code is Code.BAD_PLAN and "multiple of 16" in error.why
