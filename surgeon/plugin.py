@@ -4,7 +4,8 @@ A plug-in is a package named by an entry point in group `surgeon.plugins`. Its f
 `select`, `compensate` and `transform` hold one pass per file; the file's name is the pass's name.
 Each such file defines one frozen dataclass that derives from the base class of its kind. The fields
 of the dataclass, with their types, defaults and docstrings, are the pass's recipe keys and
-command-line options.
+command-line options. Its folder `ops` holds rules of operations that Surgeon doesn't know:
+functions decorated with `rule`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,19 @@ from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, merged
 from surgeon.axes.producers import Producer, ending, producers
 from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
-from surgeon.ir.program import Program
-from surgeon.ops.rule import Gauge
+from surgeon.ir.program import Arg, Op, ParamRef, Program, Ref, Size
+from surgeon.ops.rule import (
+    Atoms,
+    Flow,
+    Gauge,
+    OpRule,
+    Rebuild,
+    axis_of,
+    rule,
+    vanishing,
+    wherever,
+)
+from surgeon.ops.rule import Context as RuleContext
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
+    "Arg",
+    "Atoms",
     "Axes",
     "Axis",
     "Branch",
@@ -45,16 +59,26 @@ __all__ = [
     "Context",
     "Contraction",
     "Cut",
+    "Flow",
     "Gauge",
     "GetScores",
+    "Op",
+    "OpRule",
+    "ParamRef",
     "Pass",
     "Plan",
     "Producer",
+    "Program",
+    "Rebuild",
+    "Ref",
+    "RuleContext",
     "ScorePass",
     "SelectPass",
     "Selection",
+    "Size",
     "SurgeonError",
     "TransformPass",
+    "axis_of",
     "consumers",
     "contractions",
     "count",
@@ -65,6 +89,9 @@ __all__ = [
     "occurrences",
     "operate",
     "producers",
+    "rule",
+    "vanishing",
+    "wherever",
 ]
 
 

@@ -9,20 +9,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import textwrap
 import typing
 from collections.abc import Mapping
-from importlib.machinery import PathFinder
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import Code, SurgeonError, near
+from surgeon.ops.plugins import folders, plugins
 from surgeon.plugin import KINDS, Pass
-
-GROUP = "surgeon.plugins"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +65,8 @@ def available() -> dict[str, dict[str, PassInfo]]:
             file doesn't parse, `MISSING_FILE` where a plug-in's package is missing.
     """
     found: dict[str, dict[str, PassInfo]] = {kind: {} for kind in KINDS}
-    # An editable install beside a built one names the same package twice.
-    plugins = sorted({(point.module, point.name) for point in entry_points(group=GROUP)})
-    for package, plugin in plugins:
-        for folder in _folders(package, plugin):
+    for package, plugin in plugins():
+        for folder in folders(package, plugin):
             for kind in KINDS:
                 for file in sorted((folder / kind).glob("*.py")):
                     if file.name.startswith("_"):
@@ -241,31 +235,6 @@ def build(kind: str, name: str, values: Mapping[str, Any]) -> Pass:
         raise _bad_option(
             at, ", ".join(given), str(error), f"see 'surgeon passes' for {name}"
         ) from error
-
-
-def _folders(package: str, plugin: str) -> list[Path]:
-    """Returns the folders of a package without importing it or its parents."""
-    locations: list[str] | None = None
-    parts = package.split(".")
-    for depth in range(len(parts)):
-        name = ".".join(parts[: depth + 1])
-        if locations is None:
-            spec = importlib.util.find_spec(name)
-        else:
-            spec = PathFinder.find_spec(name, locations)
-        if spec is None or spec.submodule_search_locations is None:
-            raise SurgeonError(
-                Code.MISSING_FILE,
-                f"plug-in '{plugin}' names the package '{package}', which cannot be found",
-                at=f"entry point '{plugin}' in group {GROUP}",
-                why=f"there is no package '{name}' on the path"
-                if spec is None
-                else f"'{name}' is a module, not a package",
-                try_="install the plug-in again, or uninstall it",
-                data={"plugin": plugin, "package": package},
-            )
-        locations = list(spec.submodule_search_locations)
-    return [Path(location) for location in locations or ()]
 
 
 def _summary(file: Path, plugin: str) -> str:

@@ -1,4 +1,4 @@
-"""What an operation's rule is, and the registry that finds the rules of this folder."""
+"""What an operation's rule is, and the registry that finds them: here, and in plug-ins."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from surgeon.ir.program import Arg, Op, ParamRef, Program, Ref, Size
+from surgeon.ops.plugins import import_rules
 
 if TYPE_CHECKING:
     # The axes need the rules' gauges: imported here at run time, neither could be imported first.
@@ -207,10 +208,11 @@ def rule(
 
 @cache
 def rules() -> dict[str, OpRule]:
-    """Returns every rule of this folder's files by operation."""
+    """Returns every rule by operation: of this folder's files, then of plug-ins' folders `ops`."""
     package = importlib.import_module("surgeon.ops")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"surgeon.ops.{module.name}")
+    import_rules(_RULES)
     return _RULES
 
 

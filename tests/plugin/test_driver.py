@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 FFN = "model.layers.0.mlp/ffn"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
+GATE = "model.layers.0.mlp.gate_proj.weight"
 
 TIMES = '''
 """Multiplies one parameter, as it is now."""
@@ -169,6 +170,7 @@ def test_each_rewrite_is_seen_by_those_after_it(llama: Model) -> None:
         recipe=recipe(
             times("transform", DOWN, 3),
             times("transform", DOWN, 5),
+            times("transform", GATE, 13),
             {"score": "seen"},
             take(),
             times("compensate", DOWN, 7),
@@ -176,9 +178,10 @@ def test_each_rewrite_is_seen_by_those_after_it(llama: Model) -> None:
             times("compensate", DOWN, 11),
         ),
     )
-    assert pruned.rewrites.keys() == {DOWN, UP}
+    assert pruned.rewrites.keys() == {DOWN, UP, GATE}
     torch.testing.assert_close(pruned.rewrites[DOWN], llama.read(DOWN) * (3 * 5 * 7 * 11))
     torch.testing.assert_close(pruned.rewrites[UP], llama.read(UP) * 2)
+    torch.testing.assert_close(pruned.rewrites[GATE], llama.read(GATE) * 13)
     # The smaller model is the masked one, with what was rewritten in both.
     assert pruned.report.verification is not None
     assert pruned.report.verification["largest"] <= 1e-4
