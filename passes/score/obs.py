@@ -6,26 +6,33 @@ surgeon). Channels are eliminated one small group after the other, the inverse s
 up to date in between; an index's score is the cost of the step in which it went, so that the order
 of elimination is the order of the scores.
 
+The change of an output is measured by its square, or by how much the loss grows with it. The latter
+takes the second moment of the loss's gradients at the outputs for the other Kronecker factor of the
+Hessian; scores of different maps and roles are then comparable.
+
 Reference: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon,
 1993; Kurtić et al., ZipLM, 2023 (whole structures, batched over a layer's outputs); Frantar and
-Alistarh, SparseGPT, 2023 (the second moment of a layer's input as its Hessian).
+Alistarh, SparseGPT, 2023 (the second moment of a layer's input as its Hessian); Singh and Alistarh,
+WoodFisher, 2020 (the Fisher matrix as the Hessian); Martens and Grosse, Optimizing Neural Networks
+with Kronecker-factored Approximate Curvature, 2015 (its factors).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import numpy as np
+from passes.score._reading import added, matrix, readers
+from surgeon.plugin import Context, ScorePass
 
-from surgeon.plugin import Context, ScorePass, consumers
+_SPARSE = 0.75
+"""Columns are taken out for good once so large a share of those that are held is left."""
 
 
 @dataclass(frozen=True)
 class OptimalBrainSurgeon(ScorePass):
     """The error that is left when the best remaining weights have made up for a channel."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"weights", "activations: second moment"})
     cumulative: ClassVar[bool] = True
 
     damping: float = 0.01
@@ -35,6 +42,9 @@ class OptimalBrainSurgeon(ScorePass):
     batch: int = 16
     """Indices eliminated at a time; 1 is the exact greedy order."""
 
+    weigh: Literal["outputs", "loss"] = "outputs"
+    """Measure what is lost by the outputs' squared change, or by the growth of the loss."""
+
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""
         if not self.damping > 0:
@@ -42,35 +52,46 @@ class OptimalBrainSurgeon(ScorePass):
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}, it has to be 1 or more")
 
+    @property
+    def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What it looks at, which depends on how outputs are weighed."""
+        found = frozenset({"weights", "activations: second moment"})
+        return found | {"gradients: outputs"} if self.weigh == "loss" else found
+
+    @property
+    def unit(self) -> Literal["role", "loss"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Growth of the loss, if that is what outputs are weighed by."""
+        return "loss" if self.weigh == "loss" else "role"
+
     def score(self, context: Context) -> dict[str, Any]:
         """Returns cumulative errors, float64, one axis at a time."""
-        axes = context.axes
-        out: dict[str, Any] = {}
-        for name in context.targets:
-            axis = axes.by_name.get(name)
-            if axis is None:
-                raise context.unable(name, "a branch is not read by one map: score it otherwise")
-            read = consumers(axes, axis)
-            if not read:
-                raise context.unable(name, "no map is summed over it")
-            parts = [self._one(context, consumer) for consumer in read]
-            size = tuple(axes.by_name[n].size for n in axis.outer)
-            out[name] = np.broadcast_to(sum(parts), (*size, axis.size)).copy()
-        return out
+        return {n: added(context, n, readers(context, n), self._one) for n in context.targets}
 
     def _one(self, context: Context, consumer: Any) -> Any:
         """Returns scores [*outer, size] of one map."""
         import torch
 
         moments = context.moments([consumer.param])[consumer.param]
-        weight = context.weights(consumer.param).double()
-        weight = weight if consumer.dim == 1 else weight.T
+        weight = matrix(context, consumer.param, consumer.dim)
+        if self.weigh == "loss":
+            weight = _root(context.fisher([consumer.param])[consumer.param].second / 2) @ weight
         second = moments.second.double()
         eye = torch.eye(len(second), dtype=torch.float64)
-        inverse = torch.linalg.inv(second + self.damping * second.diagonal().mean() * eye)
+        # Inputs that are always zero have no inverse, and cost nothing.
+        size = max(float(second.diagonal().mean()), 1e-30)
+        damped = second + self.damping * size * eye
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         groups = torch.from_numpy(consumer.groups.reshape(-1, consumer.groups.shape[-1]))
         scores = _eliminate(weight, inverse, groups, self.batch)
         return scores.reshape(consumer.groups.shape[:-1]).numpy()
+
+
+def _root(matrix: Any) -> Any:
+    """Returns a float64 [out, out] whose square, transposed times itself, is a Fisher matrix."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 def _eliminate(weight: Any, inverse: Any, groups: Any, batch: int) -> Any:
@@ -84,32 +105,37 @@ def _eliminate(weight: Any, inverse: Any, groups: Any, batch: int) -> Any:
     """
     import torch
 
-    count = len(groups)
+    count, width = groups.shape
+    weight, inverse = weight.clone(), inverse.clone()
     alive = torch.arange(count)
-    at = torch.arange(weight.shape[1])  # where a column of the whole is in what is left
+    columns = groups  # where the columns of those alive are among those held
+    held = torch.ones(len(inverse), dtype=torch.bool)  # of those, which aren't eliminated yet
     scores = torch.zeros(count, dtype=torch.float64)
     total = 0.0
     while len(alive):
-        columns = at[groups[alive]]
-        blocks = inverse[columns[:, :, None], columns[:, None, :]]
-        own = weight[:, columns].permute(1, 2, 0)
-        errors = (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+        if width == 1:
+            errors = weight.square().sum(0)[columns[:, 0]] / inverse.diagonal()[columns[:, 0]]
+        else:
+            blocks = inverse[columns[:, :, None], columns[:, None, :]]
+            own = weight[:, columns].permute(1, 2, 0)
+            errors = (own * torch.linalg.solve(blocks, own)).sum((1, 2))
         order = errors.argsort()[: min(batch, len(alive))]
         total += float(errors[order].sum())
         # A little more for each: within a batch the order is that of the errors.
         step = torch.arange(len(order), dtype=torch.float64) / max(1, len(order))
         scores[alive[order]] = total * (1 + 1e-9 * step)
         gone = columns[order].reshape(-1)
-        held = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        weight = weight - weight[:, gone] @ held
-        inverse = inverse - inverse[:, gone] @ held
-        left = torch.ones(len(inverse), dtype=torch.bool)
-        left[gone] = False
-        weight, inverse = weight[:, left], inverse[left][:, left]
-        moved = torch.full((len(left),), -1)
-        moved[left] = torch.arange(int(left.sum()))
-        at = torch.where(at >= 0, moved[at.clamp(min=0)], at)
+        rows = inverse[gone]
+        told = torch.linalg.solve(rows[:, gone], rows)
+        weight.addmm_(weight[:, gone], told, alpha=-1)
+        inverse.addmm_(rows.T, told, alpha=-1)
+        held[gone] = False
         keep = torch.ones(len(alive), dtype=torch.bool)
         keep[order] = False
-        alive = alive[keep]
+        alive, columns = alive[keep], columns[keep]
+        # To copy what is left after every step would take longer than the steps do.
+        if int(held.sum()) < _SPARSE * len(held):
+            left = held.nonzero()[:, 0]
+            weight, inverse, held = weight[:, left], inverse[left][:, left], held[left]
+            columns = torch.searchsorted(left, columns)
     return scores
