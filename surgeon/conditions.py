@@ -140,6 +140,39 @@ def check_tensors(axes: Axes, by: str, found: Any) -> dict[str, Any]:
     return dict(found)
 
 
+class Watched:
+    """The tensors of a model in memory, which passes are lent and must not write to.
+
+    Args:
+        tensors: the model's; what is read from a file anew each time need not be watched.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any] | None) -> None:
+        from surgeon.capture.weights import StateDictWeights
+
+        held = tensors if isinstance(tensors, dict | StateDictWeights) else {}
+        every = ((name, tensor) for name, tensor in held.items() if not tensor.is_inference())
+        # A tensor counts how often it was written to, under whatever name.
+        self._seen = {name: (tensor, tensor._version) for name, tensor in every}
+
+    def check(self, by: str) -> None:
+        """Sees to it that none of them was written to.
+
+        Raises:
+            SurgeonError: `bad-pass`, with the pass and the parameter.
+        """
+        for name, (tensor, version) in self._seen.items():
+            if tensor._version != version:
+                raise SurgeonError(
+                    Code.BAD_PASS,
+                    f"{by} changed {name} in place",
+                    at=name,
+                    why="the tensor is the model's own, which must stay what it was",
+                    try_="clone() before writing; and load the model again",
+                    data={"pass": by},
+                )
+
+
 def _is_mapping(by: str, found: Any, what: str) -> None:
     if not isinstance(found, Mapping):
         why = f"it is a {type(found).__name__}, and must be a mapping by name"

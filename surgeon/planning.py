@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgeon.axes.budget import Budget
 from surgeon.axes.plan import Plan
-from surgeon.conditions import check_scores, check_selected, check_tensors
+from surgeon.conditions import Watched, check_scores, check_selected, check_tensors
 from surgeon.effects import PassResult, of_plan, of_scores, of_tensors, options_of
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.ir.verify import verify as verify_program
@@ -189,6 +189,7 @@ class _Run:
 
     def __init__(self, origin: Model, budget: Budget, seed: int) -> None:
         self.origin, self.budget, self.seed = origin, budget, seed
+        self.lent = Watched(origin.tensors)
         self.results: list[PassResult] = []
         self.notes: list[str] = []
 
@@ -202,10 +203,12 @@ class _Run:
             data: calibration data of that model.
             passes: those that are going to look at it.
         """
-        now, read = dict(rewrites), self.origin.read
+        now = dict(rewrites)
 
         def weights(name: str) -> Any:
-            return now[name].float() if name in now else read(name)
+            # A pass computes with numbers; a module's parameters would keep a record of it.
+            found = (now[name] if name in now else self.origin.read(name)).detach()
+            return found.float() if found.is_floating_point() else found
 
         expect = getattr(data, "expect", None)
         if expect is not None:
@@ -223,9 +226,9 @@ class _Run:
         self, step: Named, context: Context, seconds: float, effect: Mapping[str, Any]
     ) -> None:
         """Adds a pass to the record."""
+        self.lent.check(step.label)
         said = tuple(context.notes)
         self.notes.extend(said)
-        context.notes.clear()
         self.results.append(
             PassResult(step.kind, step.name, options_of(step.made), seconds, effect, said)
         )

@@ -51,6 +51,8 @@ class Times(KIND):
             return {self.param: context.weights(self.param).long()}
         if self.bad == "list":
             return [self.param]
+        if self.bad == "write":
+            return {self.param: context.weights(self.param).mul_(0.5)}
         return {self.param: context.weights(self.param) * self.by}
 '''
 
@@ -214,6 +216,16 @@ def test_the_model_is_not_changed(llama: Model) -> None:
     steps = (times("transform", DOWN), {"score": "seen"}, take(), times("compensate", DOWN))
     surgeon.prune(llama, recipe=recipe(*steps), verify=False)
     assert torch.equal(llama.read(DOWN), before)
+
+
+@pytest.mark.parametrize("kind", ["transform", "compensate"])
+def test_writing_to_the_model_is_found_out(kind: str) -> None:
+    model = models.build("Llama")
+    step = times(kind, DOWN, bad="write")
+    middle = [{"score": "seen"}, take()]
+    steps = [step, *middle] if kind == "transform" else [*middle, step]
+    error = refusal(open_model(model), f"{kind}/times", *steps)
+    assert error.code is Code.BAD_PASS and error.at == DOWN
 
 
 # --- predicted loss ------------------------------------------------------------------------------
