@@ -90,14 +90,23 @@ def check_selected(axes: Axes, by: str, plan: Any, budget: Budget) -> Plan:
                     "select from budget.axes and budget.branches only",
                 )
     for found in plan.cuts:
-        multiple = budget.multiple_of.get(found.axis, 1)
+        axis = axes.by_name[found.axis]
+        multiple = budget.multiple(axis)
         if found.count % multiple:
             raise broken(
                 by,
                 f"a plan that keeps {found.count} of {found.axis}",
                 found.axis,
-                f"the target wants a multiple of {multiple}",
-                "round kept counts to budget.multiple_of",
+                f"a multiple of {multiple} is wanted",
+                "round kept counts to budget.multiple(axis)",
+            )
+        if found.size - found.count > budget.limit(axis) * found.size + 1e-9:
+            raise broken(
+                by,
+                f"a plan that keeps {found.count} of {found.axis}",
+                found.axis,
+                f"at most {budget.limit(axis):g} of its indices may go",
+                "keep a count of budget.kept(axis)",
             )
     try:
         verify_program(operate(axes, plan))

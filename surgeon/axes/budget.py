@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import prod
+from math import ceil, floor, lcm, prod
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.ir.program import Program
+
+if TYPE_CHECKING:
+    from surgeon.axes.meter import Meter
+
+Measure = Literal["parameters", "flops", "bytes", "cache_bytes", "latency"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+SPLIT = ("kv_heads", "ffn", "width")
+"""Roles whose indices tensor parallelism deals out: heads with all that is theirs, and widths
+between a map that is split by rows and one that is split by columns."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +32,23 @@ class Budget:
     """What a selection must meet.
 
     Attributes:
-        ratio: share of the counted parameters to remove in all, or None for what `roles` give.
+        ratio: share of the measure to remove in all, or None for what `roles` give.
         roles: share of the indices of each axis of a role to remove.
-        counted: parameters that the ratio is a share of.
+        counted: parameters that the ratio is a share of, where parameters are what is measured.
         axes: names of the axes that may be cut.
         branches: names of the branches that may be dropped.
-        multiple_of: by axis name, what the target wants its kept count to be a multiple of; an
-            axis that isn't named may keep any number.
+        multiple_of: by axis name or role, what its kept count has to be a multiple of: both hold,
+            and so does what `tensor_parallel` takes. An axis that isn't named may keep any number,
+            and any may be left whole.
+        measure: what the ratio is a share of: the counted parameters, or of the whole model the
+            flops of one token's matrix products, the bytes of its parameters, the bytes that one
+            token takes in the cache, or the time that a token takes.
+        limits: by role, or glob over axis names, the largest share of an axis's indices that may
+            go; the smallest of those that match holds. `layers` limits the share of the branches
+            of a kind.
+        tensor_parallel: number of devices that heads and inner widths are dealt out to: kept
+            counts are multiples of it, and an axis whose size isn't one can't be left whole.
+        clock: gives what tells how long a model takes, for the measure `latency`.
     """
 
     ratio: float | None = None
@@ -33,6 +57,111 @@ class Budget:
     axes: frozenset[str] = frozenset()
     branches: frozenset[str] = frozenset()
     multiple_of: Mapping[str, int] = field(default_factory=dict[str, int])
+    measure: Measure = "parameters"
+    limits: Mapping[str, float] = field(default_factory=dict[str, float])
+    tensor_parallel: int = 1
+    clock: Callable[[Axes], Meter] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that mean nothing."""
+        for name, share in self.limits.items():
+            if not 0 <= share <= 1:  # false for NaN as well
+                raise _bad("--limit", f"the limit {name}={share} is no share", "from 0 to 1")
+        for name, number in self.multiple_of.items():
+            if number < 1:
+                raise _bad("--multiple-of", f"{name}={number} is no multiple", "1 or more")
+        if self.tensor_parallel < 1:
+            raise _bad("--tensor-parallel", f"{self.tensor_parallel} devices", "1 or more")
+        if self.measure not in MEASURES:
+            why = f"there is no measure {self.measure!r}"
+            raise _bad("--measure", why, near(self.measure, MEASURES))
+
+    def meter(self, axes: Axes) -> Meter:
+        """Returns what tells how much of the measure is left.
+
+        Raises:
+            SurgeonError: `bad-option` for latency without a table of timings.
+        """
+        if self.measure != "latency":
+            from surgeon.axes.meter import meter
+
+            return meter(axes, self.measure, self.counted)
+        if self.clock is None:
+            try_ = "surgeon latency MODEL -o TABLE.json, then --latency TABLE.json"
+            raise _bad("--measure latency", "there is no table of timings", try_)
+        return self.clock(axes)
+
+    def multiple(self, axis: Axis) -> int:
+        """Returns what the kept count of an axis has to be a multiple of, if it is cut."""
+        own = (self.multiple_of.get(name, 1) for name in (axis.name, axis.role))
+        return lcm(*own, self.tensor_parallel if axis.role in SPLIT else 1)
+
+    def limit(self, axis: Axis) -> float:
+        """Returns the largest share of an axis's indices that may go."""
+        found = [
+            share
+            for pattern, share in self.limits.items()
+            if pattern == axis.role or fnmatchcase(axis.name, pattern)
+        ]
+        return min(found, default=1.0)
+
+    def kept(self, axis: Axis, share: float = 1.0) -> NDArray[np.int64]:
+        """Returns the counts that an axis may keep, most first; never none at all.
+
+        Args:
+            axis: one that may be cut.
+            share: the largest share of its indices that may go, beside the budget's own limits.
+
+        Raises:
+            SurgeonError: `bad-option` where no count will do.
+        """
+        size, multiple = axis.size, self.multiple(axis)
+        gone = floor(min(share, self.limit(axis)) * size + 1e-9)
+        least = max(size - gone, 1)
+        found = np.arange(size // multiple, ceil(least / multiple) - 1, -1) * multiple
+        whole = size % self.tensor_parallel == 0 or axis.role not in SPLIT
+        if size % multiple and whole:
+            found = np.concatenate([[size], found])
+        if not len(found):
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"there is no count that {axis.name} may keep",
+                at=axis.name,
+                why=f"it has {size} indices, at least {least} stay, and what stays has to be a "
+                f"multiple of {multiple}",
+                try_="a smaller --tensor-parallel or --multiple-of, or a larger --limit",
+                data={"axis": axis.name, "size": size, "multiple": multiple, "least": least},
+            )
+        return found
+
+    def unreachable(self, reached: float, why: str) -> SurgeonError:
+        """Returns the refusal of a ratio that can't be met, with the nearest that can.
+
+        Args:
+            reached: the nearest share of the measure.
+            why: what is in the way.
+        """
+        assert self.ratio is not None
+        what = "counted parameters" if self.measure == "parameters" else self.measure
+        if reached < self.ratio:
+            most = floor(reached * 1000) / 1000
+            try_ = f"a ratio up to {most:.3f}, other roles (--role layers=…), or less frozen"
+        else:
+            try_ = f"a ratio from {ceil(reached * 1000) / 1000:.3f}, or smaller shares"
+        return SurgeonError(
+            Code.BAD_RATIO,
+            f"a ratio of {self.ratio:g} can't be met",
+            at="--ratio",
+            why=f"{why}: {reached:.4f} of the {what} would go",
+            try_=try_,
+            data={"reachable": reached, "measure": self.measure},
+        )
+
+
+def _bad(at: str, what: str, try_: str) -> SurgeonError:
+    return SurgeonError(
+        Code.BAD_OPTION, what, at=at, why="a selection has to meet it as it stands", try_=try_
+    )
 
 
 def decoder_params(axes: Axes) -> tuple[str, ...]:

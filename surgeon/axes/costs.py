@@ -126,6 +126,19 @@ class Costs:
         """Returns the cost of the model after a plan."""
         return sum((cost for _, cost in self._after(plan)), Cost())
 
+    def products(self, measure: str) -> Iterator[tuple[int, tuple[Expr, ...], str, int]]:
+        """Yields what a measure is the sum of: a number, the expressions it is multiplied with.
+
+        Then the parameter that it belongs to, or an empty name and the index of an operation.
+
+        Args:
+            measure: a field of `Cost`.
+        """
+        for term in self._terms:
+            number = getattr(term.unit, measure)
+            if number:
+                yield number, term.exprs, term.param, term.op
+
     def layers(self, plan: Plan | None = None) -> dict[str, Cost]:
         """Returns the cost of each layer, by its module path, after a plan."""
         out = {branch.layer: Cost() for branch in self.axes.branches if branch.layer}
