@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.commands import graph, see, values
+from surgeon.commands import graph, passes, see, values
 from surgeon.commands import prune as command_prune
 from surgeon.commands.arguments import (
     DeviceOption,
@@ -37,6 +37,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an e
 command_prune.add(app)
 see.add(app)
 app.command()(graph.graph)
+app.command()(passes.passes)
 
 
 @app.command()
@@ -254,24 +255,6 @@ def bench(
     if device == "auto":
         for note in dict.fromkeys(f"{m.device} ({m.note})" for m in found.models):
             _say_device(device, note)
-
-
-@app.command()
-def passes() -> None:
-    """List the passes and their options."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from surgeon.registry import available, load, options
-
-    table = Table("kind", "name", "from", "what it does", "options")
-    for kind, found in available().items():
-        for name, info in found.items():
-            given = ", ".join(
-                f"{o.name}={'…' if o.required else o.default}" for o in options(load(kind, name))
-            )
-            table.add_row(kind, name, info.plugin, info.summary, given)
-    Console().print(table)
 
 
 @app.command()

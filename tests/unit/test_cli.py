@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 
 COMMANDS = {
     "prune": (
-        "--output --to --ratio --role --freeze --only --score --select --score-option "
-        "--select-option --compensate --compensate-option --calibration --samples --length "
-        "--plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
+        "--output --to --recipe --ratio --role --freeze --only --transform --score --select "
+        "--transform-option --score-option --select-option --compensate --compensate-option "
+        "--calibration --samples --length --plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
     ),
     "inspect": "--layer --role --param --json --trust-remote-code",
     "explain": "--channel --json --trust-remote-code",
@@ -37,7 +37,10 @@ COMMANDS = {
         "--prompt-tokens --new-tokens --batch --threads --repeat --device --json "
         "--trust-remote-code"
     ),
-    "passes": "",
+    "run": "--output --ratio --calibration --dry-run --overwrite --no-verify --json "
+    "--trust-remote-code",
+    "recipe": "",
+    "passes": "--json",
     "demo": "--output --ratio --windows",
 }
 
@@ -166,7 +169,7 @@ def test_the_printed_program_parses_back(llama: Path) -> None:
 def test_passes_are_listed_with_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     shown = ran(surgeon("passes")).out
-    for text in ("magnitude", "random", "uniform", "p=max", "multiple_of=1", "builtin"):
+    for text in ("magnitude", "random", "uniform", "multiple_of: int = 1", "builtin"):
         assert text in shown
 
 
