@@ -20,8 +20,10 @@ from surgeon.axes.branches import Branch
 from surgeon.axes.budget import Budget, count
 from surgeon.axes.channels import occurrences
 from surgeon.axes.consumers import Consumer, Contraction, consumers, contractions
+from surgeon.axes.meter import Meter, Part
 from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, merged
 from surgeon.axes.producers import Producer, ending, producers
+from surgeon.axes.scales import Scale, limit, scales
 from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Arg, Op, ParamRef, Program, Ref, Size
@@ -62,9 +64,11 @@ __all__ = [
     "Flow",
     "Gauge",
     "GetScores",
+    "Meter",
     "Op",
     "OpRule",
     "ParamRef",
+    "Part",
     "Pass",
     "Plan",
     "Producer",
@@ -85,6 +89,7 @@ __all__ = [
     "counts",
     "cut",
     "ending",
+    "limit",
     "merged",
     "occurrences",
     "operate",
