@@ -9,28 +9,18 @@ one of three groups in every layer doubles perplexity).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from surgeon.plugin import (
-    Axis,
-    Budget,
-    Code,
-    Context,
-    Plan,
-    SelectPass,
-    SurgeonError,
-    count,
-    counts,
-    cut,
-)
+from passes.select._shared import asked, nearest, open_axes, plan_of
+from surgeon.plugin import Axis, Budget, Context, GetScores, Meter, Plan, SelectPass
 
-Tried = tuple[dict[str, int], int]
-"""Kept counts by axis, and the parameters that go with the rest."""
+Tried = tuple[dict[str, int], float]
+"""Kept counts by axis, and how much of the measure goes with the rest."""
 
 ORDER = ("ffn", "kv_heads", "q_per_kv", "hidden", "width")
 
@@ -54,174 +44,101 @@ class Uniform(SelectPass):
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of is {self.multiple_of}, it has to be 1 or more")
 
-    def select(self, context: Context, scores: Any, budget: Budget) -> Plan:
+    def select(self, context: Context, scores: GetScores, budget: Budget) -> Plan:
         """Returns the plan that meets the budget within half of one selection step."""
-        fixed = self._fixed(context, budget)
-        layers = self._layers(context, budget)
-        branches = self._dropped(context, scores, layers, budget)
-        keep = self._fill(context, budget, fixed, branches) if budget.ratio is not None else fixed
-        wanted = [name for name, kept in keep.items() if kept < context.axes.by_name[name].size]
-        found = scores(wanted) if wanted else {}
-        cuts = [self._cut(context.axes.by_name[n], keep[n], found[n]) for n in wanted]
-        return Plan(tuple(cuts), branches)
+        wanted = asked(context, scores, budget, lambda axis: self._allowed(axis, budget))
+        keep = dict(wanted.kept)
+        if budget.ratio is not None:
+            keep = _Fill(self, context, budget, wanted.dropped).fill(keep)
+        return plan_of(context, scores, keep, wanted.dropped)
 
-    def _axes(self, context: Context, role: str, budget: Budget) -> list[Axis]:
-        return [a for a in context.axes.of_role(role) if a.name in budget.axes]
+    def _allowed(self, axis: Axis, budget: Budget) -> NDArray[np.int64]:
+        """Counts that an axis may keep, most first."""
+        found = budget.kept(axis)
+        if self.multiple_of == 1 or axis.role not in ("ffn", "hidden"):
+            return found
+        own = (found % self.multiple_of == 0) | (found == axis.size)
+        return found[own]
 
-    def _fixed(self, context: Context, budget: Budget) -> dict[str, int]:
-        """Kept counts for the roles that were asked for by name."""
-        keep: dict[str, int] = {}
-        for role, share in budget.roles.items():
-            if role == "layers":
-                continue
-            axes = self._axes(context, role, budget)
-            if not axes:
-                raise _nothing(context, role, budget)
-            for axis in axes:
-                gone = self._rounded(role, axis, share, budget)
-                if gone >= axis.size:
-                    raise SurgeonError(
-                        Code.EMPTY_AXIS,
-                        f"{role}={share:g} would empty {axis.name}",
-                        at=axis.name,
-                        why=f"it has {axis.size} indices and {gone} would go",
-                        try_=f"{role} below {(axis.size - 0.5) / axis.size:.3f}, or drop layers",
-                        data={"axis": axis.name, "size": axis.size, "removed": gone},
-                    )
-                keep[axis.name] = axis.size - gone
-        return keep
 
-    def _rounded(self, role: str, axis: Axis, share: float, budget: Budget) -> int:
-        gone = round(share * axis.size)
-        own = self.multiple_of if role in ("ffn", "hidden") else 1
-        multiple = math.lcm(own, budget.multiple_of.get(axis.name, 1))
-        if gone and multiple > 1:
-            kept = max(1, round((axis.size - gone) / multiple)) * multiple
-            gone = axis.size - min(kept, axis.size)
-        return gone
+class _Fill:
+    """Adds to fixed counts what the overall ratio still needs."""
 
-    def _layers(self, context: Context, budget: Budget) -> int:
-        share = budget.roles.get("layers")
-        if share is None:
-            return 0
-        layers = self._whole_layers(context, budget)
-        if not layers:
-            raise _nothing(context, "layers", budget)
-        gone = round(share * len(layers))
-        if gone >= len(layers):
-            raise SurgeonError(
-                Code.EMPTY_AXIS,
-                f"layers={share:g} would leave no layer",
-                at="layers",
-                why=f"the model has {len(layers)} layers that may go, and {gone} would",
-                try_=f"layers below {(len(layers) - 0.5) / len(layers):.3f}",
-                data={"size": len(layers), "removed": gone},
-            )
-        return gone
-
-    def _whole_layers(self, context: Context, budget: Budget) -> dict[str, list[str]]:
-        layers: dict[str, list[str]] = {}
-        frozen: set[str] = set()
-        for branch in context.axes.branches:
-            layers.setdefault(branch.layer, []).append(branch.name)
-            if branch.name not in budget.branches:
-                frozen.add(branch.layer)
-        return {layer: names for layer, names in layers.items() if layer not in frozen}
-
-    def _dropped(
-        self, context: Context, scores: Any, count_: int, budget: Budget
-    ) -> tuple[str, ...]:
-        if not count_:
-            return ()
-        layers = self._whole_layers(context, budget)
-        found = scores([name for names in layers.values() for name in names])
-        total = {layer: sum(float(found[n]) for n in names) for layer, names in layers.items()}
-        worst = sorted(layers, key=lambda layer: (total[layer], layer))[:count_]
-        return tuple(n for layer in layers if layer in worst for n in layers[layer])
-
-    def _fill(
-        self, context: Context, budget: Budget, fixed: dict[str, int], branches: tuple[str, ...]
-    ) -> dict[str, int]:
-        """Adds to the fixed counts what the overall ratio still needs."""
+    def __init__(
+        self, options: Uniform, context: Context, budget: Budget, dropped: tuple[str, ...]
+    ) -> None:
         assert budget.ratio is not None
-        goal = budget.ratio * count(context.program, budget.counted)
-        roles = [r for r in ORDER if r not in budget.roles and self._axes(context, r, budget)]
+        self.options, self.context, self.budget = options, context, budget
+        self.dropped = dropped
+        self.meter: Meter = budget.meter(context.axes)
+        self.whole = self.meter.whole
+        self.goal = budget.ratio * self.whole
+        self.axes = {role: open_axes(context, budget, (role,)) for role in ORDER}
+        self.allowed: Mapping[str, NDArray[np.int64]] = {
+            a.name: options._allowed(a, budget)  # pyright: ignore[reportPrivateUsage]
+            for axes in self.axes.values()
+            for a in axes
+        }
+
+    def fill(self, fixed: dict[str, int]) -> dict[str, int]:
+        """Returns the counts that come nearest to the goal."""
+        roles = [r for r in ORDER if r not in self.budget.roles and self.axes[r]]
         keep = dict(fixed)
-        floor = self._removed(context, budget, keep, branches)
+        floor = self.removed(keep)
         if not roles:
-            if abs(floor - goal) > 0.005 * goal:
-                raise self._unreachable(context, budget, floor, "no role is left to fill it with")
+            if abs(floor - self.goal) > 0.005 * self.goal:
+                raise self._unreachable(floor, "no role is left to fill it with")
             return keep
         first, before = roles[0], None
         for role in [None, *roles[1:]]:
-            steps = self._steps(context, budget, role) if role else [{}]
+            steps = self._steps(role) if role else [{}]
             for step in steps:
-                trial = {**keep, **step}
-                at = self._tried(context, budget, trial, first, branches)
-                if at(self._last(context, budget, first))[1] >= goal:
-                    return self._closest(context, budget, first, at, before, goal)
-                before = at(self._last(context, budget, first))
+                at = self._tried({**keep, **step}, first)
+                if at(self._last(first))[1] >= self.goal:
+                    return self._closest(first, at, before)
+                before = at(self._last(first))
             if role:
                 keep = {**keep, **steps[-1]}
         assert before is not None
-        raise self._unreachable(context, budget, before[1], "every role is at its limit")
+        raise self._unreachable(before[1], "every role is at its limit")
 
-    def _last(self, context: Context, budget: Budget, role: str) -> int:
+    def _last(self, role: str) -> int:
         """The most indices that the overall ratio takes from the largest axis of a role."""
-        largest = max(a.size for a in self._axes(context, role, budget))
-        return max(1, int((self.ffn_limit if role == "ffn" else 0.5) * largest))
+        largest = max(a.size for a in self.axes[role])
+        return max(1, int((self.options.ffn_limit if role == "ffn" else 0.5) * largest))
 
-    def _steps(self, context: Context, budget: Budget, role: str) -> list[dict[str, int]]:
+    def _steps(self, role: str) -> list[dict[str, int]]:
         """Ever stronger uniform cuts of a role, one index of its largest axis at a time."""
-        axes = self._axes(context, role, budget)
-        largest = max(a.size for a in axes)
-        return [
-            {a.name: a.size - self._gone(role, a, gone / largest, budget) for a in axes}
-            for gone in range(1, self._last(context, budget, role) + 1)
-        ]
+        return [self._uniform(role, gone) for gone in range(1, self._last(role) + 1)]
 
-    def _gone(self, role: str, axis: Axis, share: float, budget: Budget) -> int:
-        return min(self._rounded(role, axis, share, budget), axis.size - 1)
+    def _uniform(self, role: str, gone: int) -> dict[str, int]:
+        """Counts where so many indices of the largest axis of a role go, and as much of others."""
+        axes = self.axes[role]
+        share = gone / max(a.size for a in axes)
+        return {
+            a.name: nearest(a, a.size - round(share * a.size), self.allowed[a.name]) for a in axes
+        }
 
-    def _tried(
-        self,
-        context: Context,
-        budget: Budget,
-        keep: dict[str, int],
-        role: str,
-        branches: tuple[str, ...],
-    ) -> Callable[[int], Tried]:
+    def _tried(self, keep: dict[str, int], role: str) -> Callable[[int], Tried]:
         """Returns what so many indices of the largest axis of `role` come to, beside `keep`."""
-        axes = self._axes(context, role, budget)
-        largest = max(a.size for a in axes)
 
         def at(gone: int) -> Tried:
-            own = {a.name: a.size - self._gone(role, a, gone / largest, budget) for a in axes}
-            trial = {**keep, **own}
-            return trial, self._removed(context, budget, trial, branches)
+            trial = {**keep, **self._uniform(role, gone)}
+            return trial, self.removed(trial)
 
         return at
 
     def _closest(
-        self,
-        context: Context,
-        budget: Budget,
-        role: str,
-        at: Callable[[int], Tried],
-        before: Tried | None,
-        goal: float,
+        self, role: str, at: Callable[[int], Tried], before: Tried | None
     ) -> dict[str, int]:
         """Searches the uniform cut of `role` whose count is nearest to the goal.
 
         Args:
-            context: what the driver gave.
-            budget: what must be met.
             role: the role that is searched.
             at: what a number of indices comes to.
             before: the most that weaker cuts of the other roles come to, if there are any.
-            goal: parameters to remove.
         """
-        low, high = 0, self._last(context, budget, role)
+        goal, low, high = self.goal, 0, self._last(role)
         what = f"one index of every {role} axis"
         if before is not None and at(0)[1] >= goal:
             below, above = before, at(0)
@@ -232,80 +149,19 @@ class Uniform(SelectPass):
                 low, high = (middle, high) if at(middle)[1] < goal else (low, middle)
             below, above = at(low), at(high)
         step = above[1] - below[1]
-        total = count(context.program, budget.counted)
         best = min(below, above, key=lambda found: abs(found[1] - goal))
         if best[1] - goal > step / 2:
-            raise self._unreachable(context, budget, best[1], "the roles asked for go beyond it")
-        context.notes.append(
-            f"one selection step ({what}) is {step:,} parameters, "
-            f"{step / total:.4%} of those counted"
+            raise self._unreachable(best[1], "the roles asked for go beyond it")
+        measure = self.budget.measure.replace("_", " ")
+        self.context.notes.append(
+            f"one selection step ({what}) is {step:,.{0 if step >= 10 else 3}f} {measure}, "
+            f"{step / self.whole:.4%} of those counted"
         )
         return best[0]
 
-    def _removed(
-        self, context: Context, budget: Budget, keep: dict[str, int], branches: tuple[str, ...]
-    ) -> int:
-        """Parameters that go, counted as the ratio counts them. Which indices go doesn't matter."""
-        axes = context.axes
-        cuts = tuple(
-            cut(axes.by_name[name], np.arange(kept))
-            for name, kept in keep.items()
-            if kept < axes.by_name[name].size
-        )
-        before, after = counts(axes, Plan(cuts, branches), budget.counted)
-        return before - after
+    def removed(self, keep: Mapping[str, int]) -> float:
+        """How much of the measure goes. Which indices go doesn't matter."""
+        return self.whole - self.meter.left(keep, self.dropped)
 
-    def _cut(self, axis: Axis, kept: int, score: Any) -> Any:
-        """Keeps the highest scores; ties go to the lower index."""
-        order = np.argsort(-score, axis=-1, kind="stable")[..., :kept]
-        outer = axis.outer if score.ndim > 1 else ()
-        return cut(axis, order, outer)
-
-    def _unreachable(self, context: Context, budget: Budget, best: int, why: str) -> SurgeonError:
-        assert budget.ratio is not None
-        total = count(context.program, budget.counted)
-        if best < budget.ratio * total:
-            most = math.floor(best / total * 1000) / 1000
-            try_ = f"a ratio up to {most:.3f}, other roles (--role layers=…), or less frozen"
-        else:
-            try_ = f"a ratio from {math.ceil(best / total * 1000) / 1000:.3f}, or smaller shares"
-        return SurgeonError(
-            Code.BAD_RATIO,
-            f"a ratio of {budget.ratio:g} can't be met",
-            at="--ratio",
-            why=f"{why}: {best / total:.4f} of the {total:,} counted parameters would go",
-            try_=try_,
-            data={"reachable": best / total, "parameters": total},
-        )
-
-
-def _nothing(context: Context, role: str, budget: Budget) -> SurgeonError:
-    known = context.axes.roles
-    pinned = [a for a in context.axes.of_role(role) if a.pins]
-    if role not in (*known, "qk") or (role == "qk" and not context.axes.of_role(role)):
-        why = f"the operations of this model give these roles: {', '.join(known)}"
-        return SurgeonError(
-            Code.NO_SUCH_ROLE,
-            f"the model has no role {role!r}",
-            at=f"--role {role}",
-            why=why,
-            try_="one of those",
-            data={"role": role, "roles": list(known)},
-        )
-    if pinned:
-        return SurgeonError(
-            Code.PINNED,
-            f"the role {role} can't be pruned",
-            at=pinned[0].name,
-            why=pinned[0].pins[0].why,
-            try_="another role: `surgeon inspect` shows what each may lose",
-            data={"role": role, "pins": [r.why for a in pinned for r in a.pins]},
-        )
-    return SurgeonError(
-        Code.BAD_OPTION,
-        f"nothing of the role {role} is left to prune",
-        at=f"--role {role}",
-        why="every axis of that role is frozen, or has a single index",
-        try_="loosen --freeze or --only",
-        data={"role": role},
-    )
+    def _unreachable(self, reached: float, why: str) -> Exception:
+        return self.budget.unreachable(reached / self.whole, why)
