@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
+from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.axes import Axes
-from surgeon.axes.budget import Budget, allowed, check_ratio, count, decoder_params
+from surgeon.axes.budget import Budget, Measure, allowed, check_ratio, count, decoder_params
 from surgeon.axes.plan import Plan, Selection, check
 from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
@@ -206,6 +207,10 @@ def prune(
     roles: Mapping[str, float] | None = None,
     freeze: Iterable[str] | None = None,
     only: Iterable[str] | None = None,
+    measure: Measure | None = None,
+    limits: Mapping[str, float] | None = None,
+    multiple_of: Mapping[str, int] | None = None,
+    tensor_parallel: int | None = None,
     transform: Sequence[str] | None = None,
     score: str | None = None,
     select: str | None = None,
@@ -237,6 +242,11 @@ def prune(
             `layers` drops whole layers. `ratio` then fills the remaining roles.
         freeze: globs over axes and module paths that stay whole.
         only: globs over axes and module paths; nothing else is pruned.
+        measure: what the ratio is a share of, other than parameters: `flops`, `bytes`,
+            `cache_bytes` or `latency`.
+        limits: by role, or glob over axis names, the largest share of an axis that may go.
+        multiple_of: by role or axis name, what kept counts are multiples of.
+        tensor_parallel: devices that heads and inner widths are dealt out to.
         transform: passes that change weights before anything is scored, in this order.
         score: a score pass.
         select: a selection pass.
@@ -272,7 +282,16 @@ def prune(
         several = (names,) if isinstance(names, str) else names
         return Named(None if several is None else tuple(several), options or {})
 
-    budget = {"ratio": ratio, "roles": roles, "freeze": freeze, "only": only}
+    budget = {
+        "ratio": ratio,
+        "roles": roles,
+        "freeze": freeze,
+        "only": only,
+        "measure": measure,
+        "limits": limits,
+        "multiple_of": multiple_of,
+        "tensor_parallel": tensor_parallel,
+    }
     changes = Changes(
         budget=budget,
         calibration=calibration_of(calibration),
@@ -381,7 +400,20 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
     multiples = multiples_of(origin, recipe.target)
     axes, branches = allowed(origin.axes, asked.freeze, asked.only)
     counted = decoder_params(origin.axes)
-    return Budget(asked.ratio, dict(asked.roles), counted, axes, branches, multiples())
+    wanted = dict(multiples())
+    for name, multiple in asked.multiple_of.items():
+        wanted[name] = lcm(multiple, wanted.get(name, 1))
+    return Budget(
+        ratio=asked.ratio,
+        roles=dict(asked.roles),
+        counted=counted,
+        axes=axes,
+        branches=branches,
+        multiple_of=wanted,
+        measure=asked.measure,
+        limits=dict(asked.limits),
+        tensor_parallel=asked.tensor_parallel,
+    )
 
 
 def _data_of(recipe: Recipe) -> CalibrationData | None:

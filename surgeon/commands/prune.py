@@ -34,6 +34,7 @@ NoVerifyOption = Annotated[
 
 ReplaysAlone = (
     *("recipe", "ratio", "role", "freeze", "only", "seed"),
+    *("measure", "limit", "multiple_of", "tensor_parallel"),
     *("transform", "transform_option", "score", "score_option", "select", "select_option"),
     *("compensate", "compensate_option", "calibration", "samples", "length"),
 )
@@ -116,6 +117,23 @@ def prune(
     only: Annotated[
         list[str] | None, typer.Option(help="glob over axes and module paths; nothing else goes")
     ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            help="what the ratio is a share of: parameters, flops, bytes, cache_bytes or latency"
+        ),
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="largest share that may go of a role or axis, such as ffn=0.5"),
+    ] = None,
+    multiple_of: Annotated[
+        list[str] | None,
+        typer.Option(help="what kept counts of a role or axis are multiples of, such as ffn=64"),
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="devices that heads and inner widths are dealt out to")
+    ] = None,
     transform: Annotated[
         list[str] | None, typer.Option(help="pass that changes weights first; several in order")
     ] = None,
@@ -177,16 +195,20 @@ def prune(
             trust_remote_code=trust_remote_code,
         )
     else:
+        from surgeon.axes.budget import MEASURES
         from surgeon.recipes import DEFAULT_RECIPE, load_recipe
         from surgeon.recipes.changes import Changes, Named
 
-        shares = values.pairs(role or [], "--role").items()
         changes = Changes(
             budget={
                 "ratio": None if ratio is None else values.number(ratio, "--ratio"),
-                "roles": {n: values.number(v, f"--role {n}") for n, v in shares},
+                "roles": values.numbers(role, "--role"),
                 "freeze": freeze,
                 "only": only,
+                "measure": values.one_of(measure, MEASURES, "--measure"),
+                "limits": values.numbers(limit, "--limit"),
+                "multiple_of": values.whole_numbers(multiple_of, "--multiple-of"),
+                "tensor_parallel": tensor_parallel,
             },
             calibration=values.calibration_keys(calibration, samples, length),
             passes={

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from surgeon.errors import Code, SurgeonError
+from surgeon.errors import Code, SurgeonError, near
 
 
 def number(text: str, where: str) -> float:
@@ -45,6 +45,42 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
             )
         out[name] = value
     return out
+
+
+def numbers(items: list[str] | None, option: str) -> dict[str, float]:
+    """Returns the numbers or fractions of NAME=NUMBER by name."""
+    found = pairs(items or [], option)
+    return {name: number(value, f"{option} {name}") for name, value in found.items()}
+
+
+def whole_numbers(items: list[str] | None, option: str) -> dict[str, int]:
+    """Returns the whole numbers of NAME=NUMBER by name."""
+    out: dict[str, int] = {}
+    for name, value in pairs(items or [], option).items():
+        if not value.isdecimal():
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{value!r} is no whole number",
+                at=f"{option} {name}",
+                why="indices are counted",
+                try_=f"{option} {name}=64",
+            )
+        out[name] = int(value)
+    return out
+
+
+def one_of(value: str | None, known: tuple[str, ...], option: str) -> str | None:
+    """Returns a word that is one of those known; hyphens and underscores are the same."""
+    word = None if value is None else value.replace("-", "_")
+    if word is not None and word not in known:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"there is no {value!r}",
+            at=option,
+            why=f"it is one of {', '.join(known)}",
+            try_=near(word, known),
+        )
+    return word
 
 
 def options(items: list[str], option: str) -> dict[str, Any]:

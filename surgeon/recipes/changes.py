@@ -51,7 +51,8 @@ class Changes:
     """What holds in place of what a recipe says; None leaves it as it is.
 
     Attributes:
-        budget: by key of a recipe's budget. Roles are added to the recipe's; the rest replaces.
+        budget: by key of a recipe's budget. What is by name (roles, limits, multiples) is added
+            to the recipe's; the rest replaces.
         calibration: by key of a recipe's calibration.
         passes: by kind of pass.
         target: of the result.
@@ -68,9 +69,10 @@ class Changes:
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these changes."""
-        budget = {key: value for key, value in self.budget.items() if value is not None}
-        if "roles" in budget:
-            budget["roles"] = {**recipe.budget.roles, **budget["roles"]}
+        budget = {key: value for key, value in self.budget.items() if value not in (None, {})}
+        for key in ("roles", "limits", "multiple_of"):
+            if key in budget:
+                budget[key] = {**getattr(recipe.budget, key), **budget[key]}
         for key in ("freeze", "only"):
             if key in budget:
                 budget[key] = _words(budget[key])

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from surgeon.axes.budget import Measure
 from surgeon.plugin import KINDS
 
 VERSION = 1
@@ -36,6 +37,7 @@ def _several(value: Any) -> Any:
 
 
 Share = Annotated[StrictFloat, BeforeValidator(_fraction), Field(gt=0, lt=1, allow_inf_nan=False)]
+Part = Annotated[StrictFloat, BeforeValidator(_fraction), Field(ge=0, le=1, allow_inf_nan=False)]
 Words = Annotated[tuple[StrictStr, ...], BeforeValidator(_several)]
 Positive = Annotated[StrictInt, Field(ge=1)]
 
@@ -62,6 +64,19 @@ class BudgetKeys(Strict):
 
     only: Words = ()
     """Globs over axes and module paths; nothing else goes."""
+
+    measure: Measure = "parameters"
+    """What the ratio is a share of: parameters (of the decoder's layers), flops, bytes,
+    cache_bytes or latency."""
+
+    limits: dict[StrictStr, Part] = {}
+    """By role, or glob over axes, the largest share of an axis's indices that may go."""
+
+    multiple_of: dict[StrictStr, Positive] = {}
+    """By role or axis, what kept counts are multiples of."""
+
+    tensor_parallel: Positive = 1
+    """Devices that heads and inner widths are dealt out to."""
 
 
 class SourceKeys(Strict):

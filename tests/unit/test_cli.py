@@ -18,7 +18,9 @@ COMMANDS = {
     "prune": (
         "--output --to --recipe --ratio --role --freeze --only --transform --score --select "
         "--transform-option --score-option --select-option --compensate --compensate-option "
-        "--calibration --samples --length --plan --seed --dry-run --overwrite --no-verify --json --trust-remote-code"
+        "--measure --limit --multiple-of --tensor-parallel "
+        "--calibration --samples --length --plan --seed --dry-run --overwrite --no-verify "
+        "--json --trust-remote-code"
     ),
     "inspect": "--layer --role --param --json --trust-remote-code",
     "explain": "--channel --json --trust-remote-code",

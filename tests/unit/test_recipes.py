@@ -33,6 +33,10 @@ budget:
   roles: {kv_heads: 1/3, ffn: 1e-1}
   freeze: [model.layers.0]
   only: hidden
+  measure: flops
+  limits: {layers: 0, ffn: 0.5}
+  multiple_of: {ffn: 64}
+  tensor_parallel: 2
 calibration:
   sources:
     - {source: a.txt, weight: 2}
@@ -68,6 +72,9 @@ def test_every_key_is_read() -> None:
         ("a.txt", 2.0),
         ("b.jsonl", 1.0),
     ]
+    assert (found.budget.measure, found.budget.tensor_parallel) == ("flops", 2)
+    assert found.budget.limits == {"layers": 0, "ffn": 0.5}
+    assert found.budget.multiple_of == {"ffn": 64}
     assert found.schedule is not None and found.schedule.rounds == 4
     assert [(p.kind, p.name) for p in found.passes] == [
         ("score", "obs"),
@@ -113,6 +120,10 @@ def test_from_a_path_a_mapping_a_name_or_a_recipe(tmp_path: Path) -> None:
         ("budget: {ratio: true}", "budget.ratio", "True", "Share"),
         ("budget: {ratio: 1/0}", "budget.ratio", "1/0", "Share"),
         ("budget: {roles: {ffn: 2}}", "budget.roles.ffn", "less than 1", "role"),
+        ("budget: {measure: weight}", "budget.measure", "'flops'", "share of"),
+        ("budget: {limits: {ffn: 1.1}}", "budget.limits.ffn", "less than", "largest share"),
+        ("budget: {multiple_of: {ffn: 0}}", "budget.multiple_of.ffn", "greater", "multiples"),
+        ("budget: {tensor_parallel: 1.5}", "budget.tensor_parallel", "integer", "Devices"),
         ("budget: 3", "budget", "mapping", "ratio"),
         ("calibration: {samples: 0}", "calibration.samples", "greater", "Windows"),
         ("calibration: {length: 1}", "calibration.length", "greater", "Tokens"),
@@ -369,7 +380,28 @@ def test_options_hold_in_place_of_the_recipe(llama: Path) -> None:
     other = json.loads(ran(*base, "--score", "magnitude", "--select-option", "multiple_of=16"))
     assert [p["pass"] for p in other["recipe"]] == ["score/magnitude", "select/uniform"]
     assert other["as_recipe"]["passes"][1]["multiple_of"] == 16
-    assert other["as_recipe"]["budget"] == {"ratio": 0.2, "roles": {}}
+    assert other["as_recipe"]["budget"] == {"ratio": 0.2}
+
+
+@pytest.mark.slow
+def test_limits_and_multiples_hold(llama: Path) -> None:
+    base = ("prune", llama, "--dry-run", "--json", "--recipe", "random", "--role", "ffn=0.5")
+    report = json.loads(ran(*base, "--multiple-of", "ffn=16", "--tensor-parallel", 2))
+    assert {a["after"] % 16 for a in report["axes"] if a["role"] == "ffn"} == {0}
+    assert report["as_recipe"]["budget"] == {
+        "roles": {"ffn": 0.5},
+        "multiple_of": {"ffn": 16},
+        "tensor_parallel": 2,
+    }
+    for options, at in (
+        (("--multiple-of", "ffn=x"), "--multiple-of ffn"),
+        (("--limit", "ffn=x"), "--limit ffn"),
+        (("--limit", "ffn=2"), "--limit"),
+        (("--tensor-parallel", "0"), "--tensor-parallel"),
+        (("--measure", "weight"), "--measure"),
+    ):
+        found = command(*base, *options)
+        assert found.code == 1 and f"  at  {at}\n" in found.err, found.err
 
 
 @pytest.mark.slow
