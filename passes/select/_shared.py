@@ -164,7 +164,7 @@ def costs_of(score: NDArray[np.float64], *, cumulative: bool) -> NDArray[np.floa
     """
     flat = np.asarray(score, dtype=np.float64).reshape(-1)
     if cumulative:
-        order = np.argsort(flat, kind="stable")
+        order = np.argsort(-flat, kind="stable")[::-1]  # as they go: of equal ones the last first
         own = np.empty_like(flat)
         own[order] = np.diff(flat[order], prepend=0.0)
         flat = own
