@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgeon.axes.axes import Axes
+from surgeon.axes.consumers import Contraction, consumers, contractions
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.calibrate.data import Windows
+from surgeon.calibrate.gradients import Fisher, Gradients, there_and_back
+from surgeon.calibrate.loss import mean_loss
+from surgeon.calibrate.moments import Moments, together
+from surgeon.calibrate.parallel import join
+from surgeon.calibrate.running import TOKENS, Change, Get, Machine
 from surgeon.calibrate.sequential import Solve, sequential
-from surgeon.calibrate.statistics import Get, Moments, observe
-from surgeon.runtime.apply import masked
+from surgeon.calibrate.similarity import spans
+from surgeon.calibrate.statistics import walk
+from surgeon.calibrate.taps import Asked
+from surgeon.errors import Code, SurgeonError, near
+from surgeon.runtime.apply import kept_only, masked, rewritten
+
+EXTRA_BYTES = 2**29
+"""What is gathered besides what is asked for, as it will be asked for next, may take so much."""
+
+WIDEST = 8192
+"""Maps with more outputs than this have no Fisher matrix gathered unless it is asked for."""
+
+
+@dataclass
+class _Known:
+    """What was gathered of one model: by value, parameter, or branch and layer."""
+
+    second: dict[str, Moments] = field(default_factory=dict[str, Moments])
+    norms: dict[str, Moments] = field(default_factory=dict[str, Moments])
+    gradients: dict[str, Gradients] = field(default_factory=dict[str, Gradients])
+    fisher: dict[str, Fisher] = field(default_factory=dict[str, Fisher])
+    similarity: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class Gathered:
@@ -22,41 +50,327 @@ class Gathered:
         axes: of the model.
         get: its weights in fp32.
         windows: token ids [samples, length].
+        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+        offload: a folder where states between pieces are kept, so that windows and layers without
+            number need no more memory; they stay in memory without it.
+        loss_windows: how many windows the loss is taken over; all without it.
+        notes: gets what there is to say to the user.
+        tokens: how many go through a piece at a time, rounded to whole windows.
     """
 
-    def __init__(self, axes: Axes, get: Get, windows: Windows) -> None:
+    def __init__(
+        self,
+        axes: Axes,
+        get: Get,
+        windows: Windows,
+        *,
+        device: str = "cpu",
+        offload: Path | None = None,
+        loss_windows: int | None = None,
+        notes: list[str] | None = None,
+        tokens: int = TOKENS,
+    ) -> None:
         self.axes, self.get, self.windows = axes, get, windows
-        self.ids = torch.from_numpy(windows.ids)
-        self._known: dict[str, Moments] = {}
+        if device != "cpu":
+            from surgeon.runtime.device import choose_torch_device
 
-    def moments(self, params: Sequence[str]) -> Mapping[str, Moments]:
-        """Returns the second moments of these parameters' inputs in the dense model."""
-        if any(name not in self._known for name in params):
-            # One pass gives all: a caller that asks for one layer will ask for the next.
-            wanted = self._like(params)
-            for part in observe(self.axes.program, self.get, self.ids, params=wanted):
-                self._known.update(part.moments)
-        return {name: self._known[name] for name in params}
+            device = choose_torch_device(device).name
+        self.machine = Machine(join(device), offload, tokens)
+        every = torch.from_numpy(windows.ids)
+        self.ids = self.machine.world.share(every)
+        self.loss_ids = self.machine.world.share(every[:loss_windows])
+        self.notes = [] if notes is None else notes
+        self.dense: Mapping[str, torch.Tensor] = {}
+        self.pruned: Mapping[str, torch.Tensor] = {}
+        self._known = _Known()
+        self._expected: frozenset[str] = frozenset()
+        self._maps = contractions(axes.program)
 
-    def _like(self, params: Sequence[str]) -> list[str]:
-        """Returns every parameter that is summed over an axis of the same role as one of these."""
-        from surgeon.axes.consumers import consumers
+    # --- between passes --------------------------------------------------------------------------
 
-        roles: dict[str, set[str]] = {}
-        for axis in self.axes.axes:
-            for consumer in consumers(self.axes, axis):
-                roles.setdefault(axis.role, set()).add(consumer.param)
-        found = [names for names in roles.values() if names & set(params)]
-        return list(dict.fromkeys([*params, *(n for names in found for n in sorted(names))]))
+    def with_rewrites(self, rewrites: Mapping[str, torch.Tensor], *, dense: bool) -> Gathered:
+        """Returns the same data on a model in which some tensors are replaced.
+
+        Args:
+            rewrites: full-size tensors by parameter.
+            dense: replace them in the dense model too, as an exact change of basis does: what is
+                known of it is then gathered anew. Without it they hold in the pruned model alone.
+        """
+        made = object.__new__(Gathered)
+        made.__dict__.update(self.__dict__)
+        made.pruned = {**self.pruned, **rewrites}
+        if dense and rewrites:
+            made.dense = {**self.dense, **rewrites}
+            made._known = _Known()
+        return made
+
+    def expect(self, needs: Iterable[str]) -> None:
+        """Hears what passes will ask for, by their `needs`, so that one walk can gather it."""
+        self._expected = frozenset(needs)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a parameter of the dense model, fp32."""
+        return _fp32(rewritten(self.get, self.dense)(name))
+
+    # --- what passes ask for ---------------------------------------------------------------------
+
+    def moments(self, params: Sequence[str], *, full: bool = True) -> Mapping[str, Moments]:
+        """Returns the moments of these parameters' inputs in the dense model.
+
+        Args:
+            params: parameters that something is multiplied with.
+            full: with the products between channels.
+
+        Raises:
+            SurgeonError: `bad-option` for one that nothing is multiplied with.
+        """
+        values = {name: [c.value for c in self._uses(name)] for name in params}
+        known = self._moments(values, params, full)
+        return {name: together([known[v] for v in found]) for name, found in values.items()}
+
+    def outputs(self, params: Sequence[str], *, full: bool = False) -> Mapping[str, Moments]:
+        """Returns the moments of what these maps make, in the dense model."""
+        values = {name: [c.out for c in self._uses(name)] for name in params}
+        known = self._moments(values, (), full)
+        return {name: together([known[v] for v in found]) for name, found in values.items()}
+
+    def values(self, names: Sequence[str], *, full: bool = False) -> Mapping[str, Moments]:
+        """Returns the moments of values of the program, such as what a normaliser reads.
+
+        Raises:
+            SurgeonError: `bad-option` for what no operation makes, or has no fixed width.
+        """
+        for name in names:
+            shape = self.axes.program.types[name].shape if name in self._made else ()
+            if not shape or not isinstance(shape[-1], int):
+                raise _unknown(name, "no operation makes a value of that name and a fixed width")
+        known = self._moments({name: [name] for name in names}, (), full)
+        return {name: known[name] for name in names}
+
+    def gradients(self, params: Sequence[str]) -> Mapping[str, Gradients]:
+        """Returns the loss's gradients with respect to these parameters; see `Gradients`."""
+        missing = [name for name in dict.fromkeys(params) if name not in self._known.gradients]
+        if missing:
+            # Every gradient takes as much room as its parameter: none but those asked for.
+            self._there_and_back(missing, ())
+        return {name: self._known.gradients[name] for name in params}
+
+    def fisher(self, params: Sequence[str]) -> Mapping[str, Fisher]:
+        """Returns the second moments of the loss's gradients at what these maps make."""
+        values = {name: [c.out for c in self._uses(name)] for name in params}
+        missing = {v for found in values.values() for v in found} - self._known.fisher.keys()
+        if missing:
+            asked = Asked()
+            if "activations: second moment" in self._expected:
+                asked = Asked(frozenset(self._inputs(params) - self._known.second.keys()))
+            self._there_and_back((), self._outputs(params, missing), asked)
+        known = self._known.fisher
+        return {n: _averaged([known[v] for v in found]) for n, found in values.items()}
+
+    def similarity(self, branches: Sequence[str]) -> Mapping[str, float]:
+        """Returns the mean cosine of the residual stream before and after branches or layers.
+
+        Reference: Men et al., ShortGPT, 2024, eq. 1: block influence is one less this.
+
+        Raises:
+            SurgeonError: `bad-option` for what is no branch, and no layer (by its module path).
+        """
+        every = spans(self.axes.program, self.axes.branches)
+        for name in branches:
+            if name not in every:
+                raise _unknown(name, near(name, every))
+        if any(name not in self._known.similarity for name in branches):
+            self._forward(Asked(spans=every))
+        return {name: self._known.similarity[name] for name in branches}
+
+    def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
+        """Returns the masked model's mean negative log-likelihood of a predicted token, in nats.
+
+        Args:
+            plan: what is masked.
+            rewrites: tensors that replace those of the pruned model before they are masked.
+        """
+        now = rewritten(self.get, {**self.pruned, **(rewrites or {})})
+        mask, change = self._masking(plan)
+        machine, program = self.machine, self.axes.program
+        return mean_loss(
+            program, lambda n: mask(n, _fp32(now(n))), self.loss_ids, machine, change=change
+        )
 
     def sequential(self, plan: Plan, params: Sequence[str], solve: Solve) -> Mapping[str, Any]:
         """Returns the parameters solved for, each on what those before it produce."""
+        mask, change = self._masking(plan)
+        now = rewritten(self.get, self.pruned)
+        return sequential(
+            self.axes.program,
+            self.read,
+            lambda name: _fp32(now(name)),
+            mask,
+            self.ids,
+            params,
+            solve,
+            self.machine,
+            change=change,
+        )
+
+    # --- how it is gathered ----------------------------------------------------------------------
+
+    @property
+    def _made(self) -> Mapping[str, int]:
+        return self.axes.program.producer
+
+    def _uses(self, param: str) -> list[Contraction]:
+        found = [c for c in self._maps if c.param == param]
+        if not found:
+            raise _unknown(param, "nothing is multiplied with a parameter of that name")
+        return found
+
+    def _masking(
+        self, plan: Plan
+    ) -> tuple[Callable[[str, torch.Tensor], torch.Tensor], Change | None]:
+        """Returns what masks parameters, and normalisers that see kept channels only."""
         selection = Selection(self.axes, plan)
-        program = self.axes.program
         silent = dropped(self.axes, plan)
 
         def mask(name: str, tensor: torch.Tensor) -> torch.Tensor:
             # A branch whose every parameter is zero adds nothing: that is what dropping it does.
             return torch.zeros_like(tensor) if name in silent else masked(selection, name, tensor)
 
-        return sequential(program, self.get, mask, self.ids, params, solve)
+        return mask, lambda where: kept_only(self.axes, selection, where)
+
+    def _moments(
+        self, values: Mapping[str, Sequence[str]], params: Sequence[str], full: bool
+    ) -> Mapping[str, Moments]:
+        """Returns moments by value, gathered where they aren't known."""
+        known = self._known
+        wanted = {v for found in values.values() for v in found}
+        have = known.second if full else {**known.norms, **known.second}
+        missing = wanted - have.keys()
+        if missing:
+            # One walk gives all: a caller that asks for one layer will ask for the next.
+            more = self._inputs(params) if full else {c.value for c in self._maps}
+            values_ = frozenset(missing | ((more if params else set()) - have.keys()))
+            self._gather(Asked(second=values_) if full else Asked(norms=values_), params)
+            have = known.second if full else {**known.norms, **known.second}
+        return have
+
+    def _gather(self, asked: Asked, params: Sequence[str]) -> None:
+        """Gathers what is asked for, there and back if gradients are going to be asked for too."""
+        made = {c.out for c in self._maps if c.param in params}
+        if "gradients: outputs" in self._expected and made - self._known.fisher.keys():
+            narrow = [v for v in self._outputs(params, made) if self._width(v) <= WIDEST]
+            self._there_and_back((), narrow, asked)
+        else:
+            self._forward(asked)
+
+    def _also(self, asked: Asked) -> Asked:
+        """Adds what was announced and costs next to nothing."""
+        spanned = "activations: similarity" in self._expected and not self._known.similarity
+        if spanned and not asked.spans:
+            asked = replace(asked, spans=spans(self.axes.program, self.axes.branches))
+        if "activations: norms" in self._expected and not self._known.norms:
+            every = {c.value for c in self._maps} - self._known.second.keys()
+            asked = replace(asked, norms=asked.norms | every)
+        return asked
+
+    def _forward(self, asked: Asked) -> None:
+        asked = self._also(asked)
+        self._check_enough(asked.second)
+        for _, seen in walk(self.axes.program, self.read, self.ids, asked, self.machine):
+            self._keep(asked, seen.moments, seen.similarity)
+
+    def _there_and_back(
+        self, params: Sequence[str], outputs: Sequence[str], asked: Asked | None = None
+    ) -> None:
+        asked = self._also(asked or Asked())
+        self._check_enough(asked.second)
+        found = there_and_back(
+            self.axes.program,
+            self.read,
+            self.ids,
+            params=params,
+            outputs=outputs,
+            asked=asked,
+            machine=self.machine,
+        )
+        self._known.gradients.update(found.gradients)
+        self._known.fisher.update(found.fisher)
+        self._keep(asked, found.seen.moments, found.seen.similarity)
+
+    def _keep(
+        self, asked: Asked, moments: Mapping[str, Moments], similarity: Mapping[str, float]
+    ) -> None:
+        for name, found in moments.items():
+            (self._known.second if name in asked.second else self._known.norms)[name] = found
+        self._known.similarity.update(similarity)
+
+    def _inputs(self, params: Sequence[str]) -> set[str]:
+        """Returns the values whose second moments are gathered when those of `params` are.
+
+        They are the inputs of every map that is summed over an axis of the same role, and of
+        others, narrow ones first, while they take little room.
+        """
+        roles: dict[str, set[str]] = {}
+        for axis in self.axes.axes:
+            for consumer in consumers(self.axes, axis):
+                roles.setdefault(axis.role, set()).add(consumer.param)
+        like = {n for names in roles.values() if names & set(params) for n in names}
+        return self._with_room({c.value for c in self._maps if c.param in like}, "value")
+
+    def _outputs(self, params: Sequence[str], missing: set[str]) -> list[str]:
+        """Returns the values whose gradients' second moments are gathered with those missing."""
+        widest = max(self._width(v) for v in missing)
+        extra = self._inputs(params)
+        like = {c.out for c in self._maps if c.value in extra and self._width(c.out) <= widest}
+        found = self._with_room(missing | like, "out") - self._known.fisher.keys()
+        return [c.out for c in self._maps if c.out in found]
+
+    def _with_room(self, values: set[str], which: str) -> set[str]:
+        """Adds inputs (`value`) or outputs (`out`) of maps while they take little room."""
+        found, room = set(values), EXTRA_BYTES
+        others = {getattr(c, which): None for c in self._maps}
+        for width in sorted({self._width(v) for v in others}):
+            # All of a width or none: a caller goes through layers that are alike.
+            more = [v for v in others if self._width(v) == width and v not in found]
+            room -= 8 * width**2 * len(more)
+            if room < 0:
+                break
+            found.update(more)
+        return found
+
+    def _width(self, value: str) -> int:
+        return int(self.axes.program.types[value].shape[-1])
+
+    def _check_enough(self, values: Iterable[str]) -> None:
+        """Notes second moments that have more dimensions than the data has tokens."""
+        tokens = self.windows.ids.size
+        widest = max((self._width(v) for v in values), default=0)
+        note = (
+            f"calibration: {tokens:,} tokens are too few for second moments of {widest:,} channels,"
+            " which will be singular; give more --samples"
+        )
+        if widest > tokens and note not in self.notes:
+            self.notes.append(note)
+
+
+def _fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _averaged(found: Sequence[Fisher]) -> Fisher:
+    """Returns the mean over the uses of one map."""
+    if len(found) == 1:
+        return found[0]
+    count = sum(f.count for f in found)
+    total = torch.stack([f.second * (f.count / count) for f in found]).sum(0)
+    return Fisher(count, total)
+
+
+def _unknown(name: str, why: str) -> SurgeonError:
+    return SurgeonError(
+        Code.BAD_OPTION,
+        f"there are no statistics of {name}",
+        at=name,
+        why=why,
+        try_="names of the captured program: see 'surgeon ir' and 'surgeon inspect'",
+    )

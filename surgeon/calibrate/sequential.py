@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from surgeon.axes.consumers import contractions
+from surgeon.calibrate.running import TOKENS, Change, Get, Machine, Running
 from surgeon.calibrate.segments import segments
-from surgeon.calibrate.statistics import TOKENS, Get, returning
+from surgeon.calibrate.states import States, scratch
 from surgeon.ir import Program
-from surgeon.runtime.lower import lower
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,31 @@ Solve = Callable[[str, Pair], torch.Tensor]
 """From a parameter's name and its inputs to the full-size tensor that replaces it."""
 
 
+class _Products:
+    """The sums of one value's products in both models."""
+
+    def __init__(self, width: int, device: str) -> None:
+        self.pruned = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.cross = torch.zeros_like(self.pruned)
+
+    def add(self, x: torch.Tensor, p: torch.Tensor) -> None:
+        x, p = x.reshape(-1, x.shape[-1]).float(), p.reshape(-1, p.shape[-1]).float()
+        self.pruned += p.T @ p
+        self.cross += x.T @ p
+
+
 def sequential(
     program: Program,
     get: Get,
+    now: Get,
     mask: Callable[[str, torch.Tensor], torch.Tensor],
     ids: torch.Tensor,
     params: Sequence[str],
     solve: Solve,
+    machine: Machine | None = None,
     *,
     tokens: int = TOKENS,
+    change: Change | None = None,
 ) -> dict[str, torch.Tensor]:
     """Returns replacements of parameters, each found on what those before it produce.
 
@@ -54,64 +70,86 @@ def sequential(
     Args:
         program: of the dense model.
         get: its weights.
+        now: the pruned model's weights before any is solved for: the dense model's, or what
+            earlier passes replaced them by.
         mask: from a parameter's name and tensor to the tensor with zeros where it is removed.
-        ids: token ids [samples, length].
+        ids: this process's token ids [samples, length].
         params: those to solve for: each is multiplied with an input.
         solve: called once for each, in the order of the program.
-        tokens: how many go through a piece at a time, rounded to whole windows.
+        machine: how pieces are run.
+        tokens: how many go through a piece at a time, where there is no machine.
+        change: what takes some operations' places in the pruned model.
+
+    Raises:
+        SurgeonError: `bad-text-input` where a value is not finite.
 
     Reference: Frantar and Alistarh, SparseGPT, 2023 (layer after layer on the pruned model's
         inputs); He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (least
         squares on the consumer, towards the dense model's outputs).
     """
-    positions = torch.arange(ids.shape[1])[None]
-    batches = ids.split(max(1, tokens // ids.shape[1]))
-    dense: list[torch.Tensor | None] = [None] * len(batches)
-    small: list[torch.Tensor | None] = [None] * len(batches)
+    machine = machine or Machine(tokens=tokens)
+    world, batches = machine.world, machine.batches(ids)
     found: dict[str, torch.Tensor] = {}
-
-    def now(name: str) -> torch.Tensor:
-        return mask(name, found[name] if name in found else get(name))
-
     wanted = set(params)
-    for piece in segments(program):
-        if wanted <= found.keys():
-            break  # nothing after the last one is asked for, and the head is the dearest piece
-        tapped = {c.param: c for c in contractions(piece.program) if c.param in wanted}
-        values = tuple(dict.fromkeys(c.value for c in tapped.values()))
-        program_ = returning(piece.program, values)
-        sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        count = 0
-        one = lower(program_, get)
-        two = lower(program_, now) if values else None
-        for i, batch in enumerate(batches):
-            inputs = (batch, torch.ones_like(batch), positions.expand(len(batch), -1))
-            x, dense[i] = _run(one, inputs, dense[i])
-            if two is None:
+
+    def changed(name: str) -> torch.Tensor:
+        return mask(name, found[name] if name in found else now(name))
+
+    with scratch(machine.offload) as folder:
+        dense, small = States(len(batches), folder), States(len(batches), folder)
+        for piece in segments(program):
+            if wanted <= found.keys():
+                break  # nothing after the last one is asked for, and the head is the dearest
+            tapped = {
+                c.param: c
+                for c in contractions(piece.program)
+                if c.param in wanted and c.param not in found
+            }
+            values = tuple(dict.fromkeys(c.value for c in tapped.values()))
+            passing = piece.passed is not None
+            sums = {name: _Products(_width(piece.program, name), world.device) for name in values}
+            one = Running(piece, get, world.device, values=values, passing=passing)
+            two = (
+                Running(piece, changed, world.device, values=values, passing=False, change=change)
+                if values
+                else None
+            )
+            for i, batch in enumerate(batches):
+                with torch.no_grad():
+                    x = one(batch, dense[i])
+                    p = two(batch, small[i]) if two else ()
+                one.check(batch, dense[i], x)
+                if two:
+                    two.check(batch, small[i], p)
+                for name, a, b in zip(values, x[1:] if passing else x, p, strict=True):
+                    sums[name].add(a, b)
+                if passing:
+                    dense[i] = x[0]
+            count = world.count(batches_tokens(batches))
+            totals = {name: (s.pruned.cpu(), s.cross.cpu()) for name, s in sums.items()}
+            for total in totals.values():
+                world.add(*total)
+            del one, two
+            for param, c in tapped.items():
+                pruned, cross = (total / count for total in totals[c.value])
+                found[param] = solve(param, Pair(c.dim, count, pruned, cross))
+            if not passing or wanted <= found.keys():
                 continue
-            p, _ = _run(two, inputs, small[i])
-            count += batch.numel()
-            for name, a, b in zip(values, x, p, strict=True):
-                a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-                if name not in sums:
-                    zero = torch.zeros(a.shape[-1], a.shape[-1], dtype=torch.float64)
-                    sums[name] = zero, zero.clone()
-                sums[name][0].add_(b.T @ b)
-                sums[name][1].add_(a.T @ b)
-        for param, c in tapped.items():
-            pruned, cross = (total / count for total in sums[c.value])
-            found[param] = solve(param, Pair(c.dim, count, pruned, cross))
-        two = lower(piece.program, now)
-        for i, batch in enumerate(batches):
-            inputs = (batch, torch.ones_like(batch), positions.expand(len(batch), -1))
-            _, small[i] = _run(two, inputs, small[i])
+            three = Running(piece, changed, world.device, change=change)
+            for i, batch in enumerate(batches):
+                with torch.no_grad():
+                    result = three(batch, small[i])
+                three.check(batch, small[i], result)
+                small[i] = result[0]
     return found
 
 
-def _run(
-    module: torch.nn.Module, inputs: Sequence[torch.Tensor], state: torch.Tensor | None
-) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-    with torch.no_grad():
-        result = module(*inputs, *(() if state is None else (state,)))
-    several = result if isinstance(result, tuple) else (result,)
-    return several[1:], several[0]
+def batches_tokens(batches: Sequence[torch.Tensor]) -> int:
+    """Returns how many tokens there are in some batches."""
+    return sum(batch.numel() for batch in batches)
+
+
+def _width(program: Program, value: str) -> int:
+    width = program.types[value].shape[-1]
+    assert isinstance(width, int), "the last dimension of what a map reads is fixed"
+    return width

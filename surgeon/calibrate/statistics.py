@@ -1,67 +1,23 @@
-"""What linear maps see: moments of their inputs over calibration windows, piece by piece."""
+"""One walk through a program, forward: what values are like, and what each piece was given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from surgeon.axes.consumers import contractions
+from surgeon.calibrate.moments import Moments
+from surgeon.calibrate.running import TOKENS, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
-from surgeon.errors import Code, SurgeonError
+from surgeon.calibrate.states import States, scratch
+from surgeon.calibrate.taps import Asked, Seen, Taps, taps
 from surgeon.ir import Program
-from surgeon.runtime.lower import lower
-
-Get = Callable[[str], torch.Tensor]
-"""From a parameter's name to its tensor in fp32."""
-
-TOKENS = 4096
-"""Tokens that go through a piece at a time: what activations take is bounded by this."""
 
 
 @dataclass(frozen=True)
-class Moments:
-    """The distribution of a value's last dimension, of width d, over tokens.
-
-    Attributes:
-        count: tokens.
-        mean: [d], fp32.
-        second: [d, d], the mean of x·xᵀ (not centred), fp32; None where only norms were asked for.
-        square: [d], its diagonal.
-    """
-
-    count: int
-    mean: torch.Tensor
-    square: torch.Tensor
-    second: torch.Tensor | None = None
-
-
-class _Sums:
-    """Moments in the making. Sums are fp64: thousands of tokens would eat fp32's digits."""
-
-    def __init__(self, width: int, full: bool) -> None:
-        self.count = 0
-        self.first = torch.zeros(width, dtype=torch.float64)
-        self.squares = torch.zeros(width, dtype=torch.float64)
-        self.second = torch.zeros(width, width, dtype=torch.float64) if full else None
-
-    def add(self, x: torch.Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.count += len(rows)
-        self.first += rows.sum(0, dtype=torch.float64)
-        self.squares += rows.square().sum(0, dtype=torch.float64)
-        if self.second is not None:
-            self.second += rows.T @ rows
-
-    def done(self) -> Moments:
-        second = None if self.second is None else (self.second / self.count).float()
-        mean, square = self.first / self.count, self.squares / self.count
-        return Moments(self.count, mean.float(), square.float(), second)
-
-
-@dataclass(frozen=True)
-class Seen:
+class Observed:
     """What one piece of the program saw.
 
     Attributes:
@@ -82,7 +38,7 @@ def observe(
     params: Sequence[str] | None = None,
     full: bool = True,
     tokens: int = TOKENS,
-) -> Iterator[Seen]:
+) -> Iterator[Observed]:
     """Yields, piece after piece, the moments of what linear maps see on calibration windows.
 
     A piece's weights are read when it is its turn and let go after it. What is kept of the windows
@@ -97,50 +53,55 @@ def observe(
         tokens: how many go through a piece at a time, rounded to whole windows.
 
     Raises:
-        SurgeonError: `bad-calibration` where activations are not finite, with the first such place.
+        SurgeonError: `bad-text-input` where activations are not finite, with the first such place.
     """
-    positions = torch.arange(ids.shape[1])[None]
-    batches = ids.split(max(1, tokens // ids.shape[1]))
-    states: list[torch.Tensor | None] = [None] * len(batches)
-    wanted = None if params is None else set(params)
-    for piece in segments(program):
-        tapped = {
-            c.param: c.value
-            for c in contractions(piece.program)
-            if wanted is None or c.param in wanted
-        }
-        values = tuple(dict.fromkeys(tapped.values()))
-        module = lower(returning(piece.program, values), get)
-        sums: dict[str, _Sums] = {}
-        for i, batch in enumerate(batches):
-            state = states[i]
-            inputs = (batch, torch.ones_like(batch), positions.expand(len(batch), -1))
-            with torch.no_grad():
-                found = module(*inputs, *(() if state is None else (state,)))
-            results = found if isinstance(found, tuple) else (found,)
-            for name, x in zip(values, results[1:], strict=True):
-                if name not in sums:
-                    sums[name] = _Sums(x.shape[-1], full)
-                sums[name].add(x)
-            states[i] = results[0]
-            _check(piece, results[0])
-        done = {name: s.done() for name, s in sums.items()}
-        yield Seen(piece, {param: done[value] for param, value in tapped.items()})
+    wanted = [c for c in contractions(program) if params is None or c.param in params]
+    values = frozenset(c.value for c in wanted)
+    asked = Asked(second=values) if full else Asked(norms=values)
+    moments: dict[str, Moments] = {}
+    for piece, seen in walk(program, get, ids, asked, Machine(tokens=tokens)):
+        moments |= seen.moments
+        own = [c for c in contractions(piece.program) if c in wanted]
+        yield Observed(piece, {c.param: moments[c.value] for c in own})
 
 
-def returning(program: Program, values: Sequence[str]) -> Program:
-    """Returns the program with some of its values as further outputs."""
-    return replace(program, outputs=(*program.outputs, *values))
+def walk(
+    program: Program, get: Get, ids: torch.Tensor, asked: Asked, machine: Machine
+) -> Iterator[tuple[Segment, Seen]]:
+    """Yields each piece with what was read off it; see `observe`."""
+    pieces = segments(program)
+    with scratch(machine.offload) as folder:
+        states = States(len(machine.batches(ids)), folder)
+        for piece, tap in zip(pieces, taps(pieces, asked), strict=True):
+            forward(piece, get, ids, states, states, tap, machine)
+            yield piece, tap.done(machine.world)
 
 
-def _check(piece: Segment, x: torch.Tensor) -> None:
-    if bool(torch.isfinite(x).all()):
+def forward(
+    piece: Segment,
+    get: Get,
+    ids: torch.Tensor,
+    given: States,
+    passed: States,
+    tap: Taps,
+    machine: Machine,
+) -> None:
+    """Runs a piece over all batches: `passed` holds then what it hands on, `tap` what it read.
+
+    What the last piece returns (logits) is not computed unless something is read off it.
+
+    Raises:
+        SurgeonError: `bad-text-input` where a value is not finite.
+    """
+    passing = piece.passed is not None
+    if not passing and not tap.values:
         return
-    last = piece.program.ops[-1]
-    raise SurgeonError(
-        Code.BAD_TEXT_INPUT,
-        "the model gives values that are no numbers on the calibration data",
-        at=last.where,
-        why="an activation is infinite or NaN, and every statistic would be",
-        try_="check the checkpoint's weights, or load it in a wider element type",
-    )
+    running = Running(piece, get, machine.world.device, values=tap.values, passing=passing)
+    for i, batch in enumerate(machine.batches(ids)):
+        with torch.no_grad():
+            found = running(batch, given[i])
+        running.check(batch, given[i], found)
+        tap.add(i, found[1:] if passing else found)
+        if passing:
+            passed[i] = found[0]
+    tap.rest()
