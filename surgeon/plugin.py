@@ -76,6 +76,7 @@ __all__ = [
     "Rebuild",
     "Ref",
     "RuleContext",
+    "Scale",
     "ScorePass",
     "SelectPass",
     "Selection",
@@ -95,6 +96,7 @@ __all__ = [
     "operate",
     "producers",
     "rule",
+    "scales",
     "vanishing",
     "wherever",
 ]

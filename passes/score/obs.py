@@ -109,7 +109,6 @@ def _eliminate(weight: Any, inverse: Any, groups: Any, batch: int) -> Any:
     weight, inverse = weight.clone(), inverse.clone()
     alive = torch.arange(count)
     columns = groups  # where the columns of those alive are among those held
-    held = torch.ones(len(inverse), dtype=torch.bool)  # of those, which aren't eliminated yet
     scores = torch.zeros(count, dtype=torch.float64)
     total = 0.0
     while len(alive):
@@ -129,13 +128,13 @@ def _eliminate(weight: Any, inverse: Any, groups: Any, batch: int) -> Any:
         told = torch.linalg.solve(rows[:, gone], rows)
         weight.addmm_(weight[:, gone], told, alpha=-1)
         inverse.addmm_(rows.T, told, alpha=-1)
-        held[gone] = False
         keep = torch.ones(len(alive), dtype=torch.bool)
         keep[order] = False
         alive, columns = alive[keep], columns[keep]
         # To copy what is left after every step would take longer than the steps do.
-        if int(held.sum()) < _SPARSE * len(held):
-            left = held.nonzero()[:, 0]
-            weight, inverse, held = weight[:, left], inverse[left][:, left], held[left]
+        # Columns of no group are never eliminated, and nothing depends on them.
+        if columns.numel() < _SPARSE * len(inverse):
+            left = columns.reshape(-1).sort().values
+            weight, inverse = weight[:, left], inverse[left][:, left]
             columns = torch.searchsorted(left, columns)
     return scores

@@ -11,7 +11,9 @@ from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.axes.channels import along
 from surgeon.axes.consumers import Contraction, contractions, together
-from surgeon.ir.program import Ref, op_refs
+from surgeon.ir.program import ParamRef, Ref, op_refs
+
+EMBEDDING = "aten.embedding.default"
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Producer:
 
     Attributes:
         param: its weight, of two dimensions.
-        dim: the weight's dimension that is not summed over: the outputs.
+        dim: the weight's dimension that is not summed over, or that of an embedding's rows.
         groups: [*outer sizes, size, g]: the outputs that go with each index of the axis. Where the
             weight doesn't carry an enclosing axis, that dimension is 1.
         bias: the parameter that the map adds to its outputs, if it has one.
@@ -33,16 +35,16 @@ class Producer:
 
 
 def producers(axes: Axes, axis: Axis) -> tuple[Producer, ...]:
-    """Returns the maps whose outputs carry an axis, each once, in the program's order."""
+    """Returns the maps and embeddings whose outputs carry an axis, each once, embeddings first."""
     out: dict[str, Producer] = {}
     carried = {(member.param, member.dim) for member in axis.members}
-    for found in contractions(axes.program):
-        dims = axes.param_dims(found.param)
-        dim = 1 - found.dim
-        if len(dims) != 2 or (found.param, dim) not in carried or found.param in out:
-            continue
-        groups = together(along(axes, axis, dims[dim]))
-        out[found.param] = Producer(found.param, dim, groups, found.bias)
+    tables = [op.arg(0) for op in axes.program.ops if op.target == EMBEDDING]
+    made = [(table.name, 1, None) for table in tables if isinstance(table, ParamRef)]
+    made += [(found.param, 1 - found.dim, found.bias) for found in contractions(axes.program)]
+    for param, dim, bias in made:
+        dims = axes.param_dims(param)
+        if len(dims) == 2 and (param, dim) in carried and param not in out:
+            out[param] = Producer(param, dim, together(along(axes, axis, dims[dim])), bias)
     return tuple(out.values())
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 
 from surgeon.axes import Axes, analyse, to_text
+from surgeon.axes.producers import producers
 from surgeon.capture.model import capture_model
 from surgeon.ir import Program, parse
 from surgeon.ir import to_text as ir_text
@@ -156,3 +158,11 @@ def test_layers_scaled_by_their_own_number_are_all_captured(monkeypatch: pytest.
     assert isinstance(base, float)
     assert scales == pytest.approx([base / (i + 1) for i in range(4)])
     assert ir_text(program) == ir_text(capture_model(model, repeat=False).program)
+
+
+def test_parts_of_a_fused_producer_may_differ_in_width():
+    axes = axes_of("Phi3")
+    (fused,) = producers(axes, axes.of_role("kv_heads")[0])
+    # Of each of three heads: two query heads, a key and a value, of eight channels.
+    queries, keys, values = (np.arange(n).reshape(3, -1) for n in (48, 24, 24))
+    assert np.array_equal(fused.groups, np.hstack([queries, 48 + keys, 72 + values]))

@@ -13,11 +13,16 @@ import pytest
 import torch
 
 import surgeon.axes.surgery
+from passes.transform.rotate_hidden import RotateHidden
+from passes.transform.value_output import ValueOutput
 from surgeon.axes import Axis
 from surgeon.axes.plan import Cut, Plan, cut
+from surgeon.errors import SurgeonError
 from surgeon.ir import ParamRef
+from surgeon.plugin import Context
 from tests import models
 from tests.exactness import Subject, difference, left_padded, prunable, random_cut, subject_of
+from tests.fakes import Drawn
 
 pytestmark = pytest.mark.zoo
 every = pytest.mark.parametrize("name", models.ARCHITECTURES)
@@ -282,3 +287,45 @@ def test_every_parameter_of_a_program_is_one_that_the_model_has():
         made = subject(name)
         read = {r.name for op in made.axes.program.ops for r in op.args if isinstance(r, ParamRef)}
         assert read <= set(made.weights)
+
+
+# --- changes of basis: exact while nothing is cut ------------------------------------------------
+
+ROTATED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3")
+"""Architectures whose residual width can be rotated, as long as the head is not tied."""
+
+
+def asked(made: Subject) -> Context:
+    data: Any = Drawn(made.axes, 200)
+    return Context(made.axes, made.weights.__getitem__, calibration=data)
+
+
+def unchanged(made: Subject, found: Any) -> None:
+    """Asserts that the outputs are those of before, to rounding."""
+    weights = {**made.weights, **found}
+    after = made.run(made.axes.program, weights.__getitem__)
+    assert difference(after, made.original) <= TOLERANCE
+
+
+@every
+def test_values_in_another_basis_change_nothing(name: str):
+    made = subject(name)
+    found = ValueOutput().transform(asked(made))
+    values = [a for a in made.axes.axes if a.role == "v"]
+    assert found.keys() == {m.param for axis in values for m in axis.members}
+    assert len(values) == 2 and all(not found[n].equal(made.weights[n]) for n in found)
+    unchanged(made, found)
+
+
+@every
+def test_a_rotated_residual_width_changes_nothing_or_is_refused(name: str):
+    made = subject(name)
+    (axis,) = (a for a in made.axes.axes if a.role == "hidden")
+    if name in ROTATED:
+        found = RotateHidden().transform(asked(made))
+        assert found.keys() == {m.param for m in axis.members}
+        unchanged(made, found)
+    else:
+        with pytest.raises(SurgeonError, match="can't treat") as caught:
+            RotateHidden().transform(asked(made))
+        assert "allows no change of its basis but" in caught.value.why
