@@ -228,6 +228,7 @@ def prune(
     dynamic_shapes: Any = None,
     trust_remote_code: bool = False,
     target: str | None = None,
+    rounds: str | Path | None = None,
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
@@ -265,6 +266,8 @@ def prune(
         dynamic_shapes: the same.
         trust_remote_code: run modelling code that comes with a checkpoint.
         target: `transformers`, or a graph target (`pt2`, `onnx`), which can express any plan.
+        rounds: folder where finished rounds of a recipe's schedule are kept, from which a run after
+            an interruption goes on.
 
     Raises:
         SurgeonError: with the reason, before anything is written.
@@ -306,7 +309,8 @@ def prune(
         model=str(source) if isinstance(source, str | Path) else None,
     )
     settled = changes.applied(load_recipe(DEFAULT_RECIPE if recipe is None else recipe))
-    return run(source, settled, opening, calibration=calibration, verify=verify)
+    folder = None if rounds is None else Path(rounds)
+    return run(source, settled, opening, calibration=calibration, rounds=folder, verify=verify)
 
 
 def run(
@@ -315,6 +319,7 @@ def run(
     opening: Mapping[str, Any],
     *,
     calibration: CalibrationData | None = None,
+    rounds: Path | None = None,
     verify: bool = True,
 ) -> Pruned:
     """Returns the smaller model that a recipe makes of a source; see `prune`.
@@ -324,6 +329,7 @@ def run(
         recipe: all that there is to say.
         opening: options of `open_model`.
         calibration: data that no recipe can name, such as token ids, in place of its sources.
+        rounds: folder where finished rounds of a schedule are kept, and found by a run after.
         verify: compare with the masked reference now.
     """
     _check_asked(recipe)
@@ -331,20 +337,27 @@ def run(
     start = time.perf_counter()
     budget = budget_of(origin, recipe)
     passes = Passes.of(recipe.passes)
-    made = planned(
-        origin,
-        passes,
-        budget,
-        calibration=calibration or _data_of(recipe),
-        seed=recipe.seed,
-    )
-    seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
-    entries = [found.to_json() for found in made.results]
     spelled = _spelled(recipe, passes).to_data()
-    result = _result(origin, made.plan, made.rewrites, recipe.target)
-    report = _report(origin, result.plan, entries, made.notes, recipe.budget.ratio, seconds)
-    report = replace(report, as_recipe=spelled)
-    return _finished(replace(result, report=report), verify)
+    data = calibration or _data_of(recipe)
+
+    def result(plan: Plan, tensors: Mapping[str, Any], entries: Any, notes: Any) -> Pruned:
+        seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
+        made = _result(origin, plan, tensors, recipe.target)
+        report = _report(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
+        return replace(made, report=replace(report, as_recipe=spelled))
+
+    if recipe.schedule is not None:
+        from surgeon.iterating import Keep, State, iterate
+
+        def of_state(state: State) -> Pruned:
+            return result(state.plan, state.rewrites, state.entries, state.notes)
+
+        keep = None if rounds is None else Keep(rounds, of_state, spelled, origin.fingerprint())
+        state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep)
+        return _finished(of_state(state), verify)
+    made = planned(origin, passes, budget, calibration=data, seed=recipe.seed)
+    entries = [found.to_json() for found in made.results]
+    return _finished(result(made.plan, made.rewrites, entries, made.notes), verify)
 
 
 def _replayed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,6 +86,8 @@ def _done(
             report = replace(report, notes=(*report.notes, *result.emission.notes))
     else:
         report = result.save(out, overwrite=overwrite, verify=verify)
+        if result.report.as_recipe.get("schedule") and _rounds(out).is_dir():
+            shutil.rmtree(_rounds(out))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
@@ -243,7 +246,13 @@ def _made(
 
     _need_out(out, dry_run, overwrite)
     # Saving compares what was written.
-    return pipeline.run(model, recipe, opening, verify=False)
+    rounds = None if dry_run or out is None else _rounds(out)
+    return pipeline.run(model, recipe, opening, rounds=rounds, verify=False)
+
+
+def _rounds(out: Path) -> Path:
+    """Returns the folder where finished rounds lie until the result is written."""
+    return out.with_name(out.name + ".rounds")
 
 
 def run(

@@ -1,0 +1,350 @@
+"""Round after round: prune a little, calibrate on what is left, go on until all of it is gone.
+
+Every round's plan is told in indices of the original model, so that the result is one plan like any
+other. What a finished round leaves is a checkpoint of its own, from which an interrupted run goes
+on.
+
+Reference: Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015
+(iterative pruning); Zhu and Gupta, To Prune, or Not to Prune, 2017, eq. 1 (the cubic schedule).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.budget import Budget
+from surgeon.axes.compose import compose
+from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.settle import analyse
+from surgeon.axes.surgery import operate
+from surgeon.effects import PassResult
+from surgeon.errors import Code, SurgeonError
+from surgeon.opening import Model
+from surgeon.planning import Passes, planned, windows_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgeon.calibrate.data import Recipe as CalibrationData
+    from surgeon.calibrate.data import Windows
+    from surgeon.pipeline import Pruned
+    from surgeon.recipes.schema import Recipe, ScheduleKeys
+
+HELD = 8
+"""One window in so many is held out where quality is watched."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What finished rounds have come to, in terms of the original model.
+
+    Attributes:
+        rounds: how many are finished.
+        plan: what is gone.
+        rewrites: full-size tensors that replace others.
+        entries: the report's record of every pass of every round.
+        notes: what passes had to say.
+    """
+
+    rounds: int = 0
+    plan: Plan = field(default_factory=Plan)
+    rewrites: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    entries: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Left(Mapping[str, "torch.Tensor"]):
+    """The tensors of a model after a plan, each made when it is read."""
+
+    def __init__(self, origin: Model, state: State, names: tuple[str, ...]) -> None:
+        self.origin, self.state, self.names = origin, state, names
+        self.selection = Selection(origin.axes, state.plan)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from surgeon.runtime.apply import removed
+
+        if name not in self.names:
+            raise KeyError(name)
+        found = self.state.rewrites.get(name)
+        return removed(self.selection, name, self.origin.read(name) if found is None else found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def left_of(origin: Model, state: State) -> Model:
+    """Returns the model that is left after some rounds."""
+    program = operate(origin.axes, state.plan)
+    names = tuple(p.name for p in program.params)
+    return Model(None, program, analyse(program), Left(origin, state, names))
+
+
+def share(schedule: ScheduleKeys, number: int) -> float:
+    """Returns how much of all that is to go is gone after so many rounds, from 0 to 1."""
+    rest = 1 - number / schedule.rounds
+    return 1 - rest if schedule.shape == "linear" else 1 - rest**3
+
+
+def remaining(origin: Axes, now: Axes, budget: Budget, part: float) -> Budget:
+    """Returns what is to go of a model that has lost something, so that `part` of all is gone.
+
+    Args:
+        origin: axes of the original model.
+        now: axes of what is left.
+        budget: for the original model: everything that is to go.
+        part: how much of it is to be gone afterwards, from 0 to 1.
+    """
+    axes = budget.axes & now.by_name.keys()
+    branches = budget.branches & {b.name for b in now.branches}
+
+    def still(asked: float, left: float) -> float:
+        return max(0.0, 1 - (1 - asked) / left)
+
+    def left_of_role(role: str) -> float:
+        if role == "layers":
+            layers = {b.layer for b in origin.branches}
+            return len({b.layer for b in now.branches}) / max(1, len(layers))
+        names = [a.name for a in origin.of_role(role) if a.name in axes]
+        before = sum(origin.by_name[name].size for name in names)
+        return sum(now.by_name[name].size for name in names) / before if before else 1.0
+
+    ratio = None
+    if budget.ratio is not None:
+        whole = budget.meter(origin).whole
+        there = replace(budget, axes=axes, branches=branches).meter(now).whole
+        ratio = still(budget.ratio * part, there / whole)
+    limits: dict[str, float] = {}
+    for name in axes:
+        before = origin.by_name[name]
+        if (limit := budget.limit(before)) < 1:
+            limits[name] = still(limit, now.by_name[name].size / before.size)
+    if (limit := budget.limits.get("layers", 1.0)) < 1:
+        limits["layers"] = still(limit, len(now.branches) / len(origin.branches))
+    return replace(
+        budget,
+        ratio=ratio,
+        roles={
+            role: still(asked * part, left_of_role(role)) for role, asked in budget.roles.items()
+        },
+        axes=frozenset(axes),
+        branches=frozenset(branches),
+        limits=limits,
+    )
+
+
+def joined(origin: Model, state: State, plan: Plan, rewrites: Mapping[str, Any]) -> State:
+    """Returns the state after a further plan, told in indices of the original model.
+
+    Args:
+        origin: the original model.
+        state: before.
+        plan: of what is left.
+        rewrites: tensors of what is left, in its sizes, that replace others before the plan.
+    """
+    import torch
+
+    selection = Selection(origin.axes, state.plan)
+    found = dict(state.rewrites)
+    for name, tensor in rewrites.items():
+        before = found.get(name)
+        full = (origin.read(name).detach() if before is None else before).float().clone()
+        flat = torch.from_numpy(selection.flat(name))
+        full.reshape(-1)[flat] = tensor.reshape(-1).float()
+        found[name] = full
+    return replace(state, plan=compose(origin.axes, state.plan, plan), rewrites=found)
+
+
+class Quality:
+    """Perplexity on windows that no pass sees, relative to the dense model's.
+
+    Args:
+        origin: the original model.
+        held: the windows.
+        worst: the largest that will do.
+    """
+
+    def __init__(self, origin: Model, held: Windows, worst: float) -> None:
+        self.held, self.worst = held, worst
+        self.dense = self._loss(origin)
+
+    def _loss(self, model: Model) -> float:
+        from surgeon.calibrate.gathered import Gathered
+
+        return Gathered(model.axes, model.read, self.held).loss(Plan())
+
+    def of(self, model: Model) -> float:
+        """Returns the model's perplexity over the dense one's."""
+        return math.exp(self._loss(model) - self.dense)
+
+
+def _split(origin: Model, data: CalibrationData, watched: bool) -> tuple[Windows, Windows | None]:
+    """Returns the windows that passes see and, where quality is watched, those held out."""
+    from surgeon.calibrate.data import Windows
+
+    if not watched:
+        return windows_of(origin, data), None
+    held = max(1, data.samples // HELD)
+    drawn = windows_of(origin, replace(data, samples=data.samples + held))
+    # Evenly spread, as windows stand in the order of their sources.
+    places = [i * len(drawn.ids) // held for i in range(held)]
+    rest = [i for i in range(len(drawn.ids)) if i not in set(places)]
+    return Windows(drawn.ids[rest], drawn.origin), Windows(drawn.ids[places], drawn.origin)
+
+
+def iterate(
+    origin: Model,
+    recipe: Recipe,
+    passes: Passes,
+    budget: Budget,
+    *,
+    calibration: CalibrationData | None = None,
+    keep: Keep | None = None,
+) -> State:
+    """Returns what a schedule's rounds come to.
+
+    Args:
+        origin: the model.
+        recipe: with a schedule.
+        passes: the recipe's.
+        budget: all that is to go.
+        calibration: the data; it is drawn once, and each round computes on it anew.
+        keep: where finished rounds are kept; the first one to do follows on those that are there.
+
+    Raises:
+        SurgeonError: `bad-option` where quality is to be watched and there is no data, `bad-ratio`
+            where the first round is already worse than allowed; what passes refuse.
+    """
+    schedule = recipe.schedule
+    assert schedule is not None
+    watched = schedule.stop_if_worse_than is not None
+    if watched and calibration is None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "the schedule watches quality, and there is no text for it",
+            at="schedule.stop_if_worse_than",
+            why="perplexity is measured on windows of the calibration data",
+            try_="--calibration FILE, or leave the key out",
+        )
+    windows, quality = None, None
+    if calibration is not None and (passes.look or watched):
+        windows, held = _split(origin, calibration, watched)
+        if held is not None and schedule.stop_if_worse_than is not None:
+            quality = Quality(origin, held, schedule.stop_if_worse_than)
+    state = State() if keep is None else keep.latest()
+    for number in range(state.rounds + 1, schedule.rounds + 1):
+        start = time.perf_counter()
+        model = left_of(origin, state)
+        now = remaining(origin.axes, model.axes, budget, share(schedule, number))
+        if not (now.ratio or any(now.roles.values())):
+            state = replace(state, rounds=number)  # the rounds before took more than their share
+            continue
+        made = planned(model, passes, now, calibration=windows, seed=recipe.seed)
+        after = joined(origin, state, made.plan, made.rewrites)
+        effect: dict[str, Any] = {"gone": share(schedule, number)}
+        worse = None if quality is None else quality.of(left_of(origin, after))
+        if quality is not None and worse is not None:
+            effect |= {"perplexity": math.exp(quality.dense) * worse, "relative": worse}
+        options = {"round": number, "of": schedule.rounds}
+        result = PassResult("round", "", options, time.perf_counter() - start, effect)
+        entries = [*state.entries, *(r.to_json() for r in made.results), result.to_json()]
+        notes = tuple(dict.fromkeys([*state.notes, *made.notes]))
+        if quality is not None and worse is not None and not worse <= quality.worst:
+            return _stopped(state, number, worse, quality.worst, result)
+        state = replace(after, rounds=number, entries=tuple(entries), notes=notes)
+        if keep is not None:
+            keep.add(state)
+    return state
+
+
+def _stopped(state: State, number: int, worse: float, worst: float, result: PassResult) -> State:
+    """Returns the last good state.
+
+    Raises:
+        SurgeonError: `bad-ratio` where there is none.
+    """
+    if state.plan.empty:
+        raise SurgeonError(
+            Code.BAD_RATIO,
+            "the first round is already worse than allowed",
+            at="schedule.stop_if_worse_than",
+            why=f"perplexity is {worse:.3f} times that of the dense model, {worst:g} is allowed",
+            try_="a smaller ratio, more rounds, other passes, or a larger threshold",
+            data={"relative": worse, "allowed": worst},
+        )
+    note = (
+        f"stopped before round {number}, whose perplexity is {worse:.3f} times the dense model's: "
+        f"this is the model after round {state.rounds}"
+    )
+    return replace(state, entries=(*state.entries, result.to_json()), notes=(*state.notes, note))
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+class Keep:
+    """A folder of finished rounds, each a checkpoint of its own with its plan beside it.
+
+    Args:
+        folder: where they lie; it is made when the first round is finished.
+        result: from a state to what is written.
+        recipe: what this run is told, as data.
+        fingerprint: of the model.
+    """
+
+    def __init__(
+        self, folder: Path, result: Any, recipe: Mapping[str, Any], fingerprint: str
+    ) -> None:
+        self.folder, self.result, self.fingerprint = folder, result, fingerprint
+        self.recipe = json.loads(json.dumps(recipe, default=str))
+
+    def latest(self) -> State:
+        """Returns the last finished round's state, or that of none.
+
+        Raises:
+            SurgeonError: `bad-output` where the rounds there are those of another run.
+        """
+        from surgeon.saving import read_plan
+
+        found = sorted(
+            (int(file.parent.name.removeprefix("round-")), file)
+            for file in self.folder.glob("round-*/surgeon.json")
+            if file.parent.name.removeprefix("round-").isdecimal()
+        )
+        if not found:
+            return State()
+        number, file = found[-1]
+        try:
+            report = json.loads(file.read_text("utf-8"))
+            same = report["as_recipe"] == self.recipe
+            same &= report["source"]["fingerprint"] == self.fingerprint
+            entries, notes = tuple(report["recipe"]), tuple(report["notes"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._refused(f"{file.parent.name} can't be read: {error}") from error
+        if not same:
+            raise self._refused("its rounds are of another recipe or another model")
+        plan, rewrites = read_plan(file.parent)
+        return State(number, replace(plan, source=(), rewrites=()), rewrites, entries, notes)
+
+    def add(self, state: State) -> None:
+        """Keeps a finished round: complete, or not at all."""
+        made: Pruned = self.result(state)
+        made.save(self.folder / f"round-{state.rounds}", overwrite=True, verify=False)
+
+    def _refused(self, why: str) -> SurgeonError:
+        return SurgeonError(
+            Code.BAD_OUTPUT,
+            "there are rounds of another run",
+            at=str(self.folder),
+            why=why,
+            try_=f"the recipe and model of that run; or remove {self.folder.name} to start anew",
+        )
