@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from surgeon.calibrate.text import BUILT_IN, built_in, warning
 from surgeon.errors import Code, SurgeonError
 
 SAMPLES = 64
@@ -83,8 +84,16 @@ class Windows:
     origin: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
 
-def draw(recipe: Recipe, tokenizer: Any, *, vocab: int | None = None) -> Windows:
+def draw(
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    vocab: int | None = None,
+    notes: list[str] | None = None,
+) -> Windows:
     """Returns windows whose starts are drawn uniformly, the same for the same seed.
+
+    A recipe without sources gets the text of last resort, and the user a warning.
 
     Every source is tokenised as one string with no special tokens added. Windows may overlap.
 
@@ -92,13 +101,16 @@ def draw(recipe: Recipe, tokenizer: Any, *, vocab: int | None = None) -> Windows
         recipe: sources, numbers and seed.
         tokenizer: the model's own; only needed where a source is text.
         vocab: size of the model's vocabulary, to check token ids against.
+        notes: gets what there is to say to the user.
 
     Raises:
-        SurgeonError: no source, one that can't be read, is shorter than a window, or has token ids
+        SurgeonError: a source that can't be read, is shorter than a window, or has token ids
             beyond the vocabulary.
     """
     if not recipe.pieces:
-        raise _bad("--calibration", "there is no source", "a text file")
+        recipe = replace(recipe, pieces=(Piece(BUILT_IN),))
+        if notes is not None:
+            notes.append(warning())
     generator = np.random.default_rng(recipe.seed)
     found: list[NDArray[np.int64]] = []
     origin: dict[str, tuple[int, int]] = {}
@@ -145,6 +157,9 @@ def _tokens(piece: Piece, tokenizer: Any) -> NDArray[np.int64]:
 
 
 def _texts(source: str) -> Iterator[str]:
+    if source == BUILT_IN:
+        yield built_in().content
+        return
     if source.startswith(DATASETS):
         yield from _rows(source)
         return

@@ -227,13 +227,14 @@ class _Back:
         running = Running(self.pieces[i], self.get, self.machine.world.device, values=values)
         for k, batch in enumerate(batches):
             found = self.slope(running, batch, given[k], slopes[k], names, through=through)
-            if through:
-                slopes[k] = found[0]
-                found = found[1:]
-            for name, gradient in zip(names, found, strict=False):
+            own = found[1:] if through else found
+            for name, gradient in zip(names, own, strict=False):
                 self.slopes[name].add(gradient / (batch.shape[1] - 1))
-            for name, gradient in zip(values, found[len(names) :], strict=True):
+            for name, gradient in zip(values, own[len(names) :], strict=True):
                 self.products[name].add(gradient)
+            if through:
+                # Only now: a value's gradient may be the very tensor that came in, mapped.
+                slopes[k] = found[0]
 
     def slope(
         self,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.axes.consumers import contractions
+from surgeon.axes.branches import ADD
+from surgeon.axes.consumers import Contraction, contractions
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine, Running
-from surgeon.calibrate.segments import segments
+from surgeon.calibrate.segments import Segment, segments
 from surgeon.calibrate.states import States, scratch
-from surgeon.ir import Program
+from surgeon.ir import Program, Ref
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class Pair:
         count: tokens.
         pruned: [d, d], the mean of p·pᵀ for inputs p in the pruned model (zero where removed).
         cross: [d, d], the mean of x·pᵀ for inputs x in the dense model.
+        wanted: [out, d], the mean of t·pᵀ, where t is what the map would have to make for the
+            pruned model to go on with the dense one's residual stream; None where what it makes
+            is not simply added to what its piece is given.
     """
 
     dim: int
     count: int
     pruned: torch.Tensor
     cross: torch.Tensor
+    wanted: torch.Tensor | None = None
 
 
 Solve = Callable[[str, Pair], torch.Tensor]
@@ -36,16 +41,54 @@ Solve = Callable[[str, Pair], torch.Tensor]
 
 
 class _Products:
-    """The sums of one value's products in both models."""
+    """The sums of one value's products in both models, and with the gap between their streams."""
 
-    def __init__(self, width: int, device: str) -> None:
+    def __init__(self, width: int, gap: int | None, device: str) -> None:
         self.pruned = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.cross = torch.zeros_like(self.pruned)
+        self.wanted = None if gap is None else self.pruned.new_zeros(gap, width)
 
-    def add(self, x: torch.Tensor, p: torch.Tensor) -> None:
-        x, p = x.reshape(-1, x.shape[-1]).float(), p.reshape(-1, p.shape[-1]).float()
+    def add(self, x: torch.Tensor, p: torch.Tensor, gap: torch.Tensor | None) -> None:
+        x, p = _rows(x), _rows(p)
         self.pruned += p.T @ p
         self.cross += x.T @ p
+        if self.wanted is not None and gap is not None:
+            self.wanted += _rows(gap).T @ p
+
+    def to_cpu(self) -> None:
+        """Takes the sums off the device."""
+        self.pruned, self.cross = self.pruned.cpu(), self.cross.cpu()
+        self.wanted = None if self.wanted is None else self.wanted.cpu()
+
+    @property
+    def every(self) -> tuple[torch.Tensor, ...]:
+        """All sums."""
+        return tuple(t for t in (self.pruned, self.cross, self.wanted) if t is not None)
+
+    def pair(self, dim: int, count: int, *, added: bool) -> Pair:
+        """Returns the means over `count` tokens; `added` where the map makes up for the gap."""
+        wanted = self.wanted / count if added and self.wanted is not None else None
+        return Pair(dim, count, self.pruned / count, self.cross / count, wanted)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def closing(piece: Segment) -> Contraction | None:
+    """Returns the map whose outputs a piece adds to what it is given, to make what it passes on.
+
+    There is none where something comes in between, such as a norm behind the branch or a
+    multiplier of the residual: nothing is scaled or normalised on the way to the sum.
+    """
+    index = piece.program.producer.get(piece.passed or "")
+    if index is None or piece.given is None:
+        return None
+    op = piece.program.ops[index]
+    parts = [arg.name for arg in op.args[:2] if isinstance(arg, Ref)]
+    if op.target != ADD or op.kwargs or len(parts) != 2 or piece.given not in parts:
+        return None
+    return next((c for c in contractions(piece.program) if c.out in parts), None)
 
 
 def sequential(
@@ -107,13 +150,23 @@ def sequential(
             }
             values = tuple(dict.fromkeys(c.value for c in tapped.values()))
             passing = piece.passed is not None
-            sums = {name: _Products(_width(piece.program, name), world.device) for name in values}
+            end = closing(piece)
+            end = end if end is not None and end.param in tapped else None
+            sums = {
+                name: _Products(
+                    _width(piece.program, name),
+                    _width(piece.program, end.out) if end and end.value == name else None,
+                    world.device,
+                )
+                for name in values
+            }
             one = Running(piece, get, world.device, values=values, passing=passing)
             two = (
                 Running(piece, changed, world.device, values=values, passing=False, change=change)
                 if values
                 else None
             )
+            bias = changed(end.bias) if end and end.bias else torch.zeros(1)
             for i, batch in enumerate(batches):
                 with torch.no_grad():
                     x = one(batch, dense[i])
@@ -121,18 +174,24 @@ def sequential(
                 one.check(batch, dense[i], x)
                 if two:
                     two.check(batch, small[i], p)
+                before = small[i]
+                gap = None
+                if end and before is not None:
+                    gap = x[0] - before.to(world.device) - bias.to(world.device)
                 for name, a, b in zip(values, x[1:] if passing else x, p, strict=True):
-                    sums[name].add(a, b)
+                    sums[name].add(a, b, gap)
                 if passing:
                     dense[i] = x[0]
             count = world.count(batches_tokens(batches))
-            totals = {name: (s.pruned.cpu(), s.cross.cpu()) for name, s in sums.items()}
-            for total in totals.values():
-                world.add(*total)
+            for total in sums.values():
+                total.to_cpu()
+                world.add(*total.every)
             del one, two
             for param, c in tapped.items():
-                pruned, cross = (total / count for total in totals[c.value])
-                found[param] = solve(param, Pair(c.dim, count, pruned, cross))
+                pair = sums[c.value].pair(
+                    c.dim, count, added=end is not None and param == end.param
+                )
+                found[param] = solve(param, pair)
             if not passing or wanted <= found.keys():
                 continue
             three = Running(piece, changed, world.device, change=change)

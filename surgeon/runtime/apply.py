@@ -62,8 +62,9 @@ def kept_layer_norm(kept: torch.Tensor) -> Normaliser:
         cudnn_enable: bool = True,
     ) -> torch.Tensor:
         dims = tuple(range(x.dim() - len(shape), x.dim()))
-        mean = (x * kept).sum(dims, keepdim=True) / count
-        centred = (x - mean) * kept
+        seen = kept.to(x.device)
+        mean = (x * seen).sum(dims, keepdim=True) / count
+        centred = (x - mean) * seen
         var = centred.square().sum(dims, keepdim=True) / count
         out = centred * torch.rsqrt(var + eps)
         out = out if weight is None else out * weight
@@ -83,7 +84,7 @@ def kept_rms_norm(kept: torch.Tensor) -> Normaliser:
         eps: float | None = None,
     ) -> torch.Tensor:
         dims = tuple(range(x.dim() - len(shape), x.dim()))
-        mean = (x.square() * kept).sum(dims, keepdim=True) / count
+        mean = (x.square() * kept.to(x.device)).sum(dims, keepdim=True) / count
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         out = x * torch.rsqrt(mean + eps)
         return out if weight is None else out * weight

@@ -82,9 +82,22 @@ def test_bad_sources(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert "float64" in refused(Code.BAD_TEXT_INPUT, Piece(floats)).why
 
 
+def test_without_a_source_there_is_a_text_of_last_resort_and_a_warning(tiny_tokenizer: Any) -> None:
+    notes: list[str] = []
+    found = draw(Recipe((), 3, 50, 1), tiny_tokenizer, notes=notes)
+    assert found.ids.shape == (3, 50)
+    ((name, (windows, tokens)),) = found.origin.items()
+    assert name == "built-in text" and windows == 3 and tokens > 100_000
+    (said,) = notes
+    assert "no calibration data" in said and "--calibration" in said
+    named: list[str] = []
+    draw(Recipe((Piece(IDS),), 3, 50), None, notes=named)
+    assert named == []
+    refused(Code.MISSING_FILE)  # it is a text, and there is no tokenizer
+
+
 def test_ids_of_another_model_and_numbers_that_mean_nothing() -> None:
     assert "2000" in refused(Code.BAD_TEXT_INPUT, Piece([2000] * 600)).why
-    refused(Code.BAD_OPTION)
     for options in ({"samples": 0}, {"length": 1}):
         refused(Code.BAD_OPTION, Piece(IDS), **options)
     refused(Code.BAD_OPTION, Piece(IDS, float("nan")))

@@ -1,0 +1,195 @@
+"""Gains in front of and behind every map, learnt from the dense model's predictions.
+
+A gain multiplies one channel of what a map reads or makes; afterwards it is a factor of a row or a
+column of the map's weight, so that the model gains no parameter and no operation. Weights
+themselves are not trained: there are a few thousand gains a layer, which a few ten thousand tokens
+determine.
+
+Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (the loss); Liu et al.,
+Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, 2022 (IA³:
+learnt gains on activations); Kingma and Ba, Adam, 2015.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.consumers import contractions
+from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.surgery import operate
+from surgeon.calibrate.running import Get, Machine, Running
+from surgeon.calibrate.segments import segments
+from surgeon.ir import ParamRef, Program
+from surgeon.ir.program import op_refs
+from surgeon.runtime.apply import removed
+from surgeon.runtime.lower import lower
+
+Gains = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""By parameter: the gains of its inputs and of its outputs."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How gains are learnt.
+
+    Attributes:
+        rate: Adam's step size at its highest; it rises over the first steps and falls by a cosine.
+        epochs: times that every window is seen.
+        windows: in a step, of all processes together.
+    """
+
+    rate: float
+    epochs: float
+    windows: int
+
+
+def trained(program: Program) -> tuple[int, ...]:
+    """Returns the indices of the products whose parameter has no other use: those that get gains.
+
+    A tied table is read by the embedding too, where a gain of the head has no business.
+    """
+    uses: dict[str, int] = {}
+    for op in program.ops:
+        for ref in op_refs(op):
+            if isinstance(ref, ParamRef):
+                uses[ref.name] = uses.get(ref.name, 0) + 1
+    head = set(program.outputs)
+    return tuple(
+        program.producer[c.out]
+        for c in contractions(program)
+        if uses[c.param] == 1 and c.out not in head
+    )
+
+
+def distilled(
+    axes: Axes,
+    plan: Plan,
+    dense: Get,
+    now: Get,
+    streams: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    schedule: Schedule,
+    machine: Machine,
+    *,
+    told: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> dict[str, torch.Tensor]:
+    """Returns parameters in full size, with gains in their rows and columns.
+
+    The smaller model runs as one program, a window at a time, with gradients at the gains alone.
+
+    Args:
+        axes: of the dense model.
+        plan: what is removed.
+        dense: the dense model's weights.
+        now: the weights, in full size, that the plan is applied to.
+        streams: what the dense model's last piece (the head) is given: [length, width] by window.
+        ids: this process's token ids [samples, length].
+        schedule: steps, their size and number.
+        machine: the processes and the device.
+        told: hears of every step: its number, how many there are, and the divergence in nats.
+    """
+    program, selection = operate(axes, plan), Selection(axes, plan)
+    world = machine.world
+    head = Running(segments(axes.program)[-1], dense, world.device)
+    gains, change = _gains(program, selection, world.device)
+    module = lower(program, lambda name: removed(selection, name, now(name)), change=change)
+    module = module.to(world.device)
+    every = [g for pair in gains.values() for g in pair]
+    adam = torch.optim.Adam(every, lr=schedule.rate, betas=(0.9, 0.98))
+    each = max(1, round(schedule.windows / world.size))
+    steps = max(1, round(schedule.epochs * world.count(len(ids)) / (each * world.size)))
+    order = torch.arange(len(ids))
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = schedule.rate * _share(step, steps)
+        picked = order[torch.arange(step * each, (step + 1) * each) % len(ids)]
+        total = torch.zeros(1)
+        for row in picked.tolist():
+            batch = ids[row : row + 1].to(world.device)
+            with torch.no_grad():
+                (wanted,) = head(batch, streams[row][None])
+            loss = _divergence(module, batch, wanted)
+            (loss / each).backward()
+            total += float(loss.detach()) / each
+        world.add(total, *(g.grad for g in every if g.grad is not None))
+        for g in every:
+            if g.grad is not None:
+                g.grad /= world.size
+        adam.step()
+        adam.zero_grad()
+        told(step, steps, float(total) / world.size)
+    return _folded(program, selection, now, gains)
+
+
+def _share(step: int, steps: int) -> float:
+    """Returns the share of the highest step size: a short rise, then half a cosine."""
+    rise = min(1.0, (step + 1) / max(1.0, 0.1 * steps))
+    return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _divergence(module: Any, batch: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Returns the mean over tokens of how far the predictions are from those wanted, in nats."""
+    positions = torch.arange(batch.shape[1], device=batch.device).expand(len(batch), -1)
+    found = module(batch, torch.ones_like(batch), positions)
+    rows = found.float().flatten(0, 1).log_softmax(-1)
+    target = wanted.float().flatten(0, 1).log_softmax(-1)
+    return functional.kl_div(rows, target, log_target=True, reduction="batchmean")
+
+
+def _gains(
+    program: Program, selection: Selection, device: str
+) -> tuple[Gains, dict[int, Callable[..., Any]]]:
+    """Returns gains of one, and the products that they take part in, by operation."""
+    gains: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    change: dict[int, Callable[..., Any]] = {}
+    by_op = {program.producer[c.out]: c for c in contractions(program)}
+    for index in trained(program):
+        c = by_op[index]
+        if not selection.separable(c.param):
+            continue  # its rows lose other columns than their neighbours: there is no one factor
+        shape = [int(s) for s in program.param[c.param].type.shape]
+        reads, makes = shape[c.dim], shape[1 - c.dim]
+        pair = tuple(torch.ones(n, device=device, requires_grad=True) for n in (reads, makes))
+        gains[c.param] = (pair[0], pair[1])
+        change[index] = _with_gains(program.ops[index].target, pair[0], pair[1])
+    return gains, change
+
+
+def _with_gains(target: str, reads: torch.Tensor, makes: torch.Tensor) -> Callable[..., Any]:
+    """Returns a product with gains on both sides; what is added to it gets none."""
+    if target == "aten.linear.default":
+
+        def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+            made = functional.linear(x * reads, weight) * makes
+            return made if bias is None else made + bias
+
+        return linear
+    if target == "aten.addmm.default":
+        return lambda bias, x, weight: ((x * reads) @ weight) * makes + bias
+    return lambda x, weight: ((x * reads) @ weight) * makes
+
+
+def _folded(
+    program: Program, selection: Selection, now: Get, gains: Gains
+) -> dict[str, torch.Tensor]:
+    """Returns the parameters with their gains as factors, in full size."""
+    dims = {c.param: c.dim for c in contractions(program)}
+    out: dict[str, torch.Tensor] = {}
+    for name, pair in gains.items():
+        whole = now(name)
+        full = whole.clone()
+        kept = selection.kept(name)
+        for dim, gain in zip((dims[name], 1 - dims[name]), pair, strict=True):
+            factor = torch.ones(whole.shape[dim])
+            indices = kept[dim]
+            at = slice(None) if indices is None else torch.from_numpy(indices)
+            factor[at] = gain.detach().float().cpu()
+            full *= factor[:, None] if dim == 0 else factor[None]
+        out[name] = full
+    return out
