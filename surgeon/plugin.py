@@ -125,6 +125,12 @@ class Calibration(Protocol):
         """Returns the mean negative log-likelihood of the data's tokens under a plan."""
         ...
 
+    def distilled(
+        self, plan: Plan, *, rate: float, epochs: float, windows: int
+    ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
+        """Returns maps with learnt gains in their rows and columns, and the divergence by step."""
+        ...
+
     def sequential(
         self, plan: Plan, params: Sequence[str], solve: Callable[[str, Any], Any]
     ) -> Mapping[str, Any]:
@@ -216,6 +222,16 @@ class Context:
         is in the dense model and in the pruned one, whose earlier parameters are replaced already.
         """
         return self.data.sequential(plan, tuple(params), solve)
+
+    def distilled(
+        self, plan: Plan, *, rate: float, epochs: float, windows: int
+    ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
+        """Returns maps with learnt gains in their rows and columns, and the divergence by step.
+
+        For passes that need `activations: distillation`. A gain multiplies a channel of what a map
+        reads or makes; gains are learnt so that the smaller model predicts what the dense one does.
+        """
+        return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows)
 
     def unable(self, target: str, why: str) -> SurgeonError:
         """Returns the refusal of a pass that can't treat an axis or a branch."""

@@ -1,8 +1,14 @@
-"""Maps that lose inputs are solved for anew: least squares towards the dense model's outputs.
+"""Maps that lose inputs are solved for anew: least squares towards what the dense model computes.
 
 Layer after layer, on what the pruned layers before it produce, each map that is summed over a cut
-axis gets the weights on its kept inputs whose outputs are nearest to those of the dense map on the
-dense model's inputs. A ridge holds them near their old values where the data says little.
+axis gets the weights on its kept inputs that come nearest to a target: what the dense map makes of
+the dense model's inputs, or that and what the residual stream lacks by then, so that a branch makes
+up for the layers before it too. A ridge holds weights near their old values where the data says
+little.
+
+SmolLM2-135M, 20 % of the decoder from MLPs alone by optimal brain surgeon in units of the loss,
+eight windows of WikiText-2's test set that are not in the project's protocol: towards the branch
+28.0, towards the stream 26.5, with a ridge of 0.2 instead of 0.01 26.2 (dense 18.7).
 
 Reference: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017, eq. 5;
 Frantar and Alistarh, SparseGPT, 2023 (sequential calibration).
@@ -12,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from surgeon.plugin import CompensatePass, Context, Plan, Selection, consumers
 
@@ -23,8 +29,13 @@ class LeastSquares(CompensatePass):
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "activations: sequential"})
 
-    ridge: float = 0.01
-    """Pull towards the old weights, as a share of the inputs' mean square."""
+    ridge: float = 0.2
+    """Pull towards the old weights, as a share of the inputs' mean square. Some ten thousand tokens
+    don't determine a matrix: on windows not solved for, errors are least at 0.1 to 0.3."""
+
+    towards: Literal["stream", "branch"] = "stream"
+    """What a map whose outputs are added to the residual stream is solved for: that the stream
+    after it be the dense model's, or that what it adds be."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""
@@ -48,7 +59,9 @@ class LeastSquares(CompensatePass):
             second = pair.pruned[kept][:, kept]
             pull = self.ridge * pair.pruned.diagonal().mean()
             left = second + pull * torch.eye(len(kept), dtype=torch.float64)
-            right = weight @ pair.cross[:, kept] + pull * weight[:, kept]
+            wanted = pair.wanted if self.towards == "stream" else None
+            wanted = weight @ pair.cross if wanted is None else wanted
+            right = wanted[:, kept] + pull * weight[:, kept]
             out = torch.zeros_like(weight)
             out[:, kept] = torch.linalg.solve(left, right.T).T
             return (out if pair.dim == 1 else out.T).float().contiguous()

@@ -127,6 +127,23 @@ def distilled(
     return _folded(program, selection, now, gains)
 
 
+def streams_of(
+    program: Program, get: Get, ids: torch.Tensor, machine: Machine
+) -> list[torch.Tensor]:
+    """Returns what a program's last piece is given, [length, width] by window."""
+    *pieces, last = segments(program)
+    assert last.given is not None, "a language model's head reads what its layers made"
+    held: list[torch.Tensor | None] = [None] * len(machine.batches(ids))
+    for piece in pieces:
+        running = Running(piece, get, machine.world.device)
+        for i, batch in enumerate(machine.batches(ids)):
+            with torch.no_grad():
+                (found,) = running(batch, held[i])
+            running.check(batch, held[i], (found,))
+            held[i] = found.cpu()
+    return [row for batch in held if batch is not None for row in batch]
+
+
 def _share(step: int, steps: int) -> float:
     """Returns the share of the highest step size: a short rise, then half a cosine."""
     rise = min(1.0, (step + 1) / max(1.0, 0.1 * steps))

@@ -13,6 +13,7 @@ from surgeon.axes.axes import Axes
 from surgeon.axes.consumers import Contraction, consumers, contractions
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.calibrate.data import Windows
+from surgeon.calibrate.distil import Schedule, distilled, streams_of
 from surgeon.calibrate.gradients import Fisher, Gradients, there_and_back
 from surgeon.calibrate.loss import mean_loss
 from surgeon.calibrate.moments import Moments, together
@@ -41,6 +42,7 @@ class _Known:
     gradients: dict[str, Gradients] = field(default_factory=dict[str, Gradients])
     fisher: dict[str, Fisher] = field(default_factory=dict[str, Fisher])
     similarity: dict[str, float] = field(default_factory=dict[str, float])
+    streams: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
 
 class Gathered:
@@ -201,7 +203,8 @@ class Gathered:
         """Returns the parameters solved for, each on what those before it produce."""
         mask, change = self._masking(plan)
         now = rewritten(self.get, self.pruned)
-        return sequential(
+        streams: list[torch.Tensor] = []
+        found = sequential(
             self.axes.program,
             self.read,
             lambda name: _fp32(now(name)),
@@ -211,7 +214,42 @@ class Gathered:
             solve,
             self.machine,
             change=change,
+            streams=streams,
         )
+        self._known.streams = streams or self._known.streams
+        return found
+
+    def distilled(
+        self, plan: Plan, *, rate: float, epochs: float, windows: int
+    ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
+        """Returns maps with gains in their rows and columns, learnt from the dense model.
+
+        Args:
+            plan: what is removed; the smaller model is what learns.
+            rate: Adam's largest step size.
+            epochs: times that every window is seen.
+            windows: in a step.
+
+        Returns:
+            The tensors in full size, and the divergence from the dense model at every step, nats.
+        """
+        program, ids = self.axes.program, self.ids
+        if not self._known.streams:
+            self._known.streams = streams_of(program, self.read, ids, self.machine)
+        now = rewritten(self.get, self.pruned)
+        steps: list[float] = []
+        found = distilled(
+            self.axes,
+            plan,
+            self.read,
+            lambda name: _fp32(now(name)),
+            self._known.streams,
+            ids,
+            Schedule(rate, epochs, windows),
+            self.machine,
+            told=lambda _step, _steps, loss: steps.append(loss),
+        )
+        return found, tuple(steps)
 
     # --- how it is gathered ----------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ def sequential(
     *,
     tokens: int = TOKENS,
     change: Change | None = None,
+    streams: list[torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Returns replacements of parameters, each found on what those before it produce.
 
@@ -122,6 +123,7 @@ def sequential(
         machine: how pieces are run.
         tokens: how many go through a piece at a time, where there is no machine.
         change: what takes some operations' places in the pruned model.
+        streams: gets what the dense model's last piece is given, by window, if it came that far.
 
     Raises:
         SurgeonError: `bad-text-input` where a value is not finite.
@@ -141,6 +143,8 @@ def sequential(
     with scratch(machine.offload) as folder:
         dense, small = States(len(batches), folder), States(len(batches), folder)
         for piece in segments(program):
+            if piece.given is not None and piece.passed is None and streams is not None:
+                streams.extend(row.clone() for i in range(len(batches)) for row in _held(dense[i]))
             if wanted <= found.keys():
                 break  # nothing after the last one is asked for, and the head is the dearest
             tapped = {
@@ -201,6 +205,11 @@ def sequential(
                 three.check(batch, small[i], result)
                 small[i] = result[0]
     return found
+
+
+def _held(state: torch.Tensor | None) -> torch.Tensor:
+    assert state is not None, "a piece has passed it on"
+    return state
 
 
 def batches_tokens(batches: Sequence[torch.Tensor]) -> int:
