@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+import surgeon
 from passes.score.block_influence import BlockInfluence
 from passes.score.fisher import Fisher
 from passes.score.flap import Flap
 from passes.score.obs import OptimalBrainSurgeon, _eliminate
 from passes.score.taylor import Taylor
 from passes.score.wanda import Wanda
-from surgeon.axes import analyse
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.axes.producers import ending, producers
-from surgeon.capture.model import capture_model
+from surgeon.calibrate.data import Piece, Recipe, Windows
+from surgeon.calibrate.gathered import Gathered
 from surgeon.errors import SurgeonError
+from surgeon.opening import open_model
 from surgeon.plugin import Context
 from tests import models
 from tests.fakes import Drawn
@@ -39,10 +41,9 @@ READER = {FFN: DOWN, KV: OUT, REP: OUT, V: OUT}
 
 @cache
 def context(name: str = "Llama") -> Context:
-    axes = analyse(capture_model(models.tiny(name)).program)
-    state = dict(models.tiny(name).named_parameters())
-    data: Any = Drawn(axes)
-    return Context(axes, lambda n: state[n].detach(), calibration=data)
+    model = open_model(models.tiny(name))
+    data: Any = Drawn(model.axes)
+    return Context(model.axes, model.read, calibration=data)
 
 
 def asked(found: Context, *names: str) -> Context:
@@ -342,3 +343,59 @@ def test_a_fused_producer_knows_its_bias_and_which_of_its_outputs_are_the_axis()
     assert np.array_equal(value.groups, 96 + np.arange(48).reshape(6, 8, 1))
     (heads,) = producers(axes, axes.of_role("kv_heads")[0])
     assert heads.groups.shape == (6, 24) and heads.groups[1].tolist()[:8] == list(range(8, 16))
+
+
+# --- the whole way -------------------------------------------------------------------------------
+
+DATA = Recipe((Piece(models.tokens(100, 1, 300)[0].numpy()),), 6, 16)
+
+
+@pytest.mark.parametrize(
+    ("score", "options", "roles"),
+    [
+        ("taylor", {"order": 2, "by": "channel"}, ("ffn", "kv_heads", "layers")),
+        ("wanda", {}, ("ffn", "q_per_kv")),
+        ("flap", {}, ("ffn", "kv_heads")),
+        ("fisher", {}, ("ffn", "kv_heads", "layers")),
+        ("obs", {"weigh": "loss"}, ("ffn", "kv_heads")),
+        ("block_influence", {}, ("layers",)),
+    ],
+)
+def test_each_score_gets_what_it_needs_from_real_calibration_data(
+    score: str, options: dict[str, Any], roles: tuple[str, ...]
+) -> None:
+    pruned = surgeon.prune(
+        models.tiny("Llama"),
+        roles=dict.fromkeys(roles, 0.4),
+        score=score,
+        score_options=options,
+        calibration=DATA,
+        verify=False,
+    )
+    cut_roles = {pruned.axes.get(c.axis).role for c in pruned.plan.cuts}
+    assert cut_roles == {*roles} - {"layers"} and bool(pruned.plan.branches) == ("layers" in roles)
+
+
+def test_what_fisher_predicts_is_near_what_the_loss_does() -> None:
+    """On labels that the model itself draws, where the Fisher matrix is the loss's Hessian."""
+    model = open_model(models.tiny("Llama"))
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 101, (96, 1), generator=draw)
+    module = models.tiny("Llama")
+    with torch.no_grad():
+        for _ in range(11):
+            chances = module(ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=draw)], dim=1)
+    data: Any = Gathered(model.axes, model.read, Windows(ids.numpy()))
+    asked = Context(model.axes, model.read, (FFN,), calibration=data)
+    scores = Fisher().score(asked)[FFN]
+    order, dense = scores.argsort(), data.loss(Plan())
+
+    def growth_without(gone: Any) -> float:
+        """The mean growth of the loss when one of these channels goes."""
+        axis = model.axes.get(FFN)
+        plans = (Plan((cut(axis, [i for i in range(80) if i != index]),)) for index in gone)
+        return float(np.mean([data.loss(plan) - dense for plan in plans]))
+
+    for gone in (order[:10], order[-10:]):
+        assert growth_without(gone) == pytest.approx(scores[gone].mean(), rel=0.3)
