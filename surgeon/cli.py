@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.commands import calibrate as command_calibrate
 from surgeon.commands import graph, passes, see, values
 from surgeon.commands import prune as command_prune
 from surgeon.commands.arguments import (
@@ -36,6 +37,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an e
 
 command_prune.add(app)
 see.add(app)
+command_calibrate.add(app)
 app.command()(graph.graph)
 app.command()(passes.passes)
 

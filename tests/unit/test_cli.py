@@ -23,6 +23,10 @@ COMMANDS = {
         "--json --trust-remote-code"
     ),
     "inspect": "--layer --role --param --json --trust-remote-code",
+    "calibrate": (
+        "--output --calibration --samples --length --seed --statistics --device --offload "
+        "--overwrite --json --trust-remote-code"
+    ),
     "explain": "--channel --json --trust-remote-code",
     "diff": "--source --json --trust-remote-code",
     "graph": "--output --of --within --layout --source --overwrite --trust-remote-code",

@@ -1,0 +1,130 @@
+"""Two processes that share the windows come to what one comes to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from surgeon.calibrate.data import Windows
+from surgeon.calibrate.gathered import Gathered
+from surgeon.calibrate.parallel import World, join, rank
+from surgeon.ir import to_text
+from surgeon.opening import open_model
+from tests import models
+from tests.command import ROOT
+
+pytestmark = pytest.mark.slow
+
+GATHER = '''
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from surgeon.axes.plan import Plan, cut
+from surgeon.axes.settle import analyse
+from surgeon.calibrate.data import Windows
+from surgeon.calibrate.gathered import Gathered
+from surgeon.ir import parse
+
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+
+
+def numbers(axes, get, ids):
+    """Every statistic, by a name of its own."""
+    names = [DOWN.format(i) for i in range(2)]
+    plan = Plan((cut(axes.get("model.layers.0.mlp/ffn"), range(40)),))
+    data = Gathered(axes, get, Windows(ids.numpy()))
+    found = {}
+    def solve(name, pair):
+        found[f"{name} cross"], found[f"{name} pruned"] = pair.cross, pair.pruned
+        found[f"{name} count"] = torch.tensor(pair.count)
+        return get(name) + 1e-3 * (pair.cross - pair.pruned).float()[: len(get(name))]
+    for name, tensor in data.sequential(plan, names, solve).items():
+        found[f"{name} solved"] = tensor
+    for name in names:
+        moments, gradients = data.moments(names)[name], data.gradients(names)[name]
+        fisher = data.fisher(names)[name]
+        found[f"{name} mean"], found[f"{name} second"] = moments.mean, moments.second
+        found[f"{name} slope"], found[f"{name} square"] = gradients.mean, gradients.square
+        found[f"{name} fisher"] = fisher.second
+        counts = [moments.count, gradients.count, fisher.count]
+        found[f"{name} counts"] = torch.tensor(counts)
+    found["similarity"] = torch.tensor(list(data.similarity(["model.layers.0"]).values()))
+    found["loss"] = torch.tensor(data.loss(plan))
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    axes = analyse(parse((folder / "program.txt").read_text()))
+    get = load_file(folder / "weights.safetensors").__getitem__
+    ids = load_file(folder / "ids.safetensors")["ids"]
+    from surgeon.calibrate.parallel import rank
+    for windows in (5, 1):
+        out = folder / f"found-{windows}-{rank()}.safetensors"
+        save_file(numbers(axes, get, ids[:windows]), out)
+'''
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    """Of five windows one takes three; of one window the second takes none."""
+    origin = open_model(models.tiny("Llama"))
+    ids = models.tokens(100, 5, 9)
+    script = tmp_path / "gather.py"
+    script.write_text(GATHER)
+    (tmp_path / "program.txt").write_text(to_text(origin.program))
+    weights = {p.name: origin.read(p.name).clone() for p in origin.program.params}
+    save_file(weights, tmp_path / "weights.safetensors")
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ran = subprocess.run(
+        [sys.executable, *command, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert ran.returncode == 0, ran.stderr
+    scope: dict[str, Any] = {"__name__": "gather"}
+    exec(compile(GATHER, "gather.py", "exec"), scope)
+    for windows in (5, 1):
+        alone = scope["numbers"](origin.axes, origin.read, ids[:windows])
+        for number in (0, 1):
+            found = load_file(tmp_path / f"found-{windows}-{number}.safetensors")
+            assert found.keys() == alone.keys()
+            for name, tensor in found.items():
+                if "count" in name:
+                    assert torch.equal(tensor, alone[name])
+                    continue
+                size = float(alone[name].abs().max())
+                torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5 * size)
+
+
+def test_one_alone_shares_nothing_and_waits_for_nobody() -> None:
+    assert join("cpu", {}) == World()
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    assert join("cpu", launched) == World() and rank(launched) == 0
+    assert rank({**launched, "RANK": "3"}) == 3
+    assert rank({"RANK": "3"}) == 0  # some other scheduler's variable
+    windows = torch.arange(10).reshape(5, 2)
+    assert torch.equal(World().share(windows), windows)
+    shares = [World(i, 2).share(windows) for i in range(2)]
+    assert [len(s) for s in shares] == [3, 2]
+    assert sorted(torch.cat(shares)[:, 0].tolist()) == windows[:, 0].tolist()
+
+
+def test_what_one_process_takes_is_all_of_it() -> None:
+    origin = open_model(models.tiny("Llama"))
+    ids = models.tokens(100, 5, 9)
+    data = Gathered(origin.axes, origin.read, Windows(ids.numpy()))
+    assert torch.equal(data.ids, ids)
