@@ -83,7 +83,7 @@ def calibrate(
         "seed": seed,
         "versions": versions(),
     }
-    kinds = tuple(kind for kind in STATISTICS if kind in asked)
+    kinds = tuple(kind for kind in STATISTICS if asked.count(kind))
     counts = save(out, data, kinds, about, overwrite=overwrite)
     if rank() != 0:
         return
