@@ -183,6 +183,12 @@ class Stored:
         """Refuses: what the pruned model computes takes data."""
         raise self._lacks("what a pruned model computes", "it takes that model to run on the data")
 
+    def distilled(
+        self, plan: Plan, *, rate: float, epochs: float, windows: int
+    ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
+        """Refuses: learning from the dense model takes data."""
+        raise self._lacks("what a pruned model learns", "it takes both models to run on the data")
+
     def with_rewrites(self, rewrites: Mapping[str, Any], *, dense: bool) -> Stored:
         """Returns the same statistics, which stay valid while the dense model is what it was.
 
