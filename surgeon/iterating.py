@@ -187,14 +187,17 @@ class Quality:
         return math.exp(self._loss(model) - self.dense)
 
 
-def _split(origin: Model, data: CalibrationData, watched: bool) -> tuple[Windows, Windows | None]:
+def _split(
+    origin: Model, data: CalibrationData, watched: bool, notes: list[str]
+) -> tuple[Windows, Windows | None]:
     """Returns the windows that passes see and, where quality is watched, those held out."""
     from surgeon.calibrate.data import Windows
 
     if not watched:
-        return windows_of(origin, data), None
+        return windows_of(origin, data, "a pass of the schedule", notes), None
     held = max(1, data.samples // HELD)
-    drawn = windows_of(origin, replace(data, samples=data.samples + held))
+    more = replace(data, samples=data.samples + held)
+    drawn = windows_of(origin, more, "schedule.stop_if_worse_than", notes)
     # Evenly spread, as windows stand in the order of their sources.
     places = [i * len(drawn.ids) // held for i in range(held)]
     rest = [i for i in range(len(drawn.ids)) if i not in set(places)]
@@ -207,7 +210,7 @@ def iterate(
     passes: Passes,
     budget: Budget,
     *,
-    calibration: CalibrationData | None = None,
+    calibration: CalibrationData,
     keep: Keep | None = None,
 ) -> State:
     """Returns what a schedule's rounds come to.
@@ -221,23 +224,16 @@ def iterate(
         keep: where finished rounds are kept; the first one to do follows on those that are there.
 
     Raises:
-        SurgeonError: `bad-option` where quality is to be watched and there is no data, `bad-ratio`
-            where the first round is already worse than allowed; what passes refuse.
+        SurgeonError: `bad-ratio` where the first round is already worse than allowed; what reading
+            data and passes refuse.
     """
     schedule = recipe.schedule
     assert schedule is not None
     watched = schedule.stop_if_worse_than is not None
-    if watched and calibration is None:
-        raise SurgeonError(
-            Code.BAD_OPTION,
-            "the schedule watches quality, and there is no text for it",
-            at="schedule.stop_if_worse_than",
-            why="perplexity is measured on windows of the calibration data",
-            try_="--calibration FILE, or leave the key out",
-        )
     windows, quality = None, None
-    if calibration is not None and (passes.look or watched):
-        windows, held = _split(origin, calibration, watched)
+    said: list[str] = []
+    if passes.look or watched:
+        windows, held = _split(origin, calibration, watched, said)
         if held is not None and schedule.stop_if_worse_than is not None:
             quality = Quality(origin, held, schedule.stop_if_worse_than)
     state = State() if keep is None else keep.latest()
@@ -257,7 +253,7 @@ def iterate(
         options = {"round": number, "of": schedule.rounds}
         result = PassResult("round", "", options, time.perf_counter() - start, effect)
         entries = [*state.entries, *(r.to_json() for r in made.results), result.to_json()]
-        notes = tuple(dict.fromkeys([*state.notes, *made.notes]))
+        notes = tuple(dict.fromkeys([*said, *state.notes, *made.notes]))
         if quality is not None and worse is not None and not worse <= quality.worst:
             return _stopped(state, number, worse, quality.worst, result)
         state = replace(after, rounds=number, entries=tuple(entries), notes=notes)

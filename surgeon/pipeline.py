@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgeon.calibrate.data import Recipe as CalibrationData
+    from surgeon.calibrate.stored import Stored
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
     from surgeon.recipes.schema import Recipe
@@ -220,6 +221,7 @@ def prune(
     select_options: Mapping[str, Any] | None = None,
     compensate_options: Mapping[str, Any] | None = None,
     calibration: CalibrationData | None = None,
+    statistics: str | Path | None = None,
     plan: Plan | None = None,
     rewrites: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -256,7 +258,9 @@ def prune(
         score_options: the score pass's options; beside the recipe's if no pass is named.
         select_options: the selection pass's options, likewise.
         compensate_options: those of the compensation passes, the same for all.
-        calibration: the data for passes that look at what the model computes.
+        calibration: the data for passes that look at what the model computes; without it the
+            recipe's, or else a text that every machine has, with a warning.
+        statistics: a file that `surgeon calibrate` wrote, in place of data.
         plan: replay this plan instead of making one.
         rewrites: full-size tensors that belong to a replayed plan.
         seed: for passes that draw at random.
@@ -279,7 +283,10 @@ def prune(
     }
     if plan is not None:
         return _replayed(source, opening, plan, rewrites, target or "transformers", verify)
-    from surgeon.recipes.changes import Changes, Named, calibration_of
+    from surgeon.recipes.changes import Changes, Named, calibration_of, two_sources
+
+    if calibration is not None and statistics is not None:
+        raise two_sources()
 
     def named(names: Sequence[str] | str | None, options: Mapping[str, Any] | None) -> Named:
         several = (names,) if isinstance(names, str) else names
@@ -297,7 +304,10 @@ def prune(
     }
     changes = Changes(
         budget=budget,
-        calibration=calibration_of(calibration),
+        calibration={
+            **calibration_of(calibration),
+            **({} if statistics is None else {"statistics": str(statistics)}),
+        },
         passes={
             "transform": named(transform, transform_options),
             "score": named(score, score_options),
@@ -333,6 +343,7 @@ def run(
         verify: compare with the masked reference now.
     """
     _check_asked(recipe)
+    stored = None if calibration is not None else _stored_of(recipe)
     origin = _opened(source, opening)
     start = time.perf_counter()
     budget = budget_of(origin, recipe)
@@ -355,7 +366,7 @@ def run(
         keep = None if rounds is None else Keep(rounds, of_state, spelled, origin.fingerprint())
         state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep)
         return _finished(of_state(state), verify)
-    made = planned(origin, passes, budget, calibration=data, seed=recipe.seed)
+    made = planned(origin, passes, budget, calibration=stored or data, seed=recipe.seed)
     entries = [found.to_json() for found in made.results]
     return _finished(result(made.plan, made.rewrites, entries, made.notes), verify)
 
@@ -429,11 +440,26 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
     )
 
 
-def _data_of(recipe: Recipe) -> CalibrationData | None:
-    """Returns the data that a recipe names, or None."""
-    asked = recipe.calibration
-    if not asked.sources:
+def _stored_of(recipe: Recipe) -> Stored | None:
+    """Returns the statistics that a recipe names in place of data, or None."""
+    if recipe.calibration.statistics is None:
         return None
+    if recipe.schedule is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "a schedule can't be run on saved statistics",
+            at="calibration.statistics",
+            why="every round looks at what the one before it left, and they are of the whole model",
+            try_="--calibration FILE with a text, or leave the schedule out",
+        )
+    from surgeon.calibrate.stored import load
+
+    return load(recipe.calibration.statistics)
+
+
+def _data_of(recipe: Recipe) -> CalibrationData:
+    """Returns the data that a recipe names; without a source, the text of last resort."""
+    asked = recipe.calibration
     from surgeon.calibrate.data import Piece
     from surgeon.calibrate.data import Recipe as Data
 

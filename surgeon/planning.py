@@ -19,6 +19,7 @@ from surgeon.registry import build
 
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe, Windows
+    from surgeon.calibrate.stored import Stored
 
 LOOKING = ("activations", "gradients", "loss")
 """What a need begins with that only calibration data can meet."""
@@ -143,7 +144,7 @@ def planned(
     passes: Passes,
     budget: Budget,
     *,
-    calibration: Recipe | Windows | None = None,
+    calibration: Recipe | Windows | Stored | None = None,
     seed: int = 0,
 ) -> Planned:
     """Returns the plan, the tensors that replace others before it is applied, and their record.
@@ -156,7 +157,8 @@ def planned(
         origin: the model.
         passes: what transforms, scores, selects and compensates.
         budget: how much is to go, and from where.
-        calibration: the data for passes that look at what the model computes.
+        calibration: the data for passes that look at what the model computes, or statistics that
+            were gathered before.
         seed: for passes that draw at random.
 
     Raises:
@@ -272,44 +274,67 @@ class _Run:
         self.note(passes.select, context, whole - spent[0], effect)
         return plan
 
-    def gathered(self, passes: Passes, calibration: Recipe | Windows | None) -> Driven:
+    def gathered(self, passes: Passes, calibration: Recipe | Windows | Stored | None) -> Driven:
         """Returns the calibration data that passes need.
 
         Raises:
-            SurgeonError: `bad-option` where there is none, `missing-file` without weights.
+            SurgeonError: `bad-option` where there is none, `missing-file` without weights,
+                `plan-mismatch` for statistics of another model.
         """
-        if calibration is None:
-            needy = next(p for p in passes.every if p.looks)
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                f"{needy.label} needs calibration data",
-                at="--calibration",
-                why="it looks at what the model computes on a text, and none was given",
-                try_="--calibration FILE: some hundred kilobytes of text like what it will see",
-            )
+        from surgeon.calibrate.data import Recipe, Windows
+        from surgeon.calibrate.gathered import Gathered
+        from surgeon.calibrate.stored import Stored
+
+        needy = next(p for p in passes.every if p.looks)
         if self.origin.tensors is None:
             raise no_weights(self.origin.id)
-        from surgeon.calibrate.data import Windows
-        from surgeon.calibrate.gathered import Gathered
-
+        if isinstance(calibration, Stored):
+            options = {"statistics": str(calibration.path)}
+            effect = {"data": calibration.about.get("data", {})}
+            self.results.append(PassResult("calibration", "", options, 0.0, effect))
+            return calibration.check(self.origin.fingerprint())
         start = time.perf_counter()
         if isinstance(calibration, Windows):
             windows, seed = calibration, None
         else:
-            windows, seed = windows_of(self.origin, calibration), calibration.seed
+            recipe = calibration or Recipe(())
+            windows = windows_of(self.origin, recipe, needy.label, self.notes)
+            seed = recipe.seed
         samples, length = windows.ids.shape
         options = {"samples": samples, "length": length, "seed": seed}
         effect = {"data": {name: list(found) for name, found in windows.origin.items()}}
         seconds = time.perf_counter() - start
-        self.results.append(PassResult("calibration", "", options, seconds, effect))
-        found: Any = Gathered(self.origin.axes, self.origin.read, windows)
-        return found
+        said = tuple(self.notes)
+        self.results.append(PassResult("calibration", "", options, seconds, effect, said))
+        return Gathered(self.origin.axes, self.origin.read, windows, notes=self.notes)
 
 
-def windows_of(origin: Model, recipe: Recipe) -> Windows:
-    """Returns the windows of a model's calibration data."""
+def windows_of(origin: Model, recipe: Recipe, by: str, notes: list[str]) -> Windows:
+    """Returns the windows of a model's calibration data.
+
+    Args:
+        origin: the model.
+        recipe: which windows; without a source, those of the text of last resort.
+        by: what needs them.
+        notes: gets a warning about the text of last resort.
+
+    Raises:
+        SurgeonError: `bad-option` where nothing was given and there is no tokenizer to read the
+            text of last resort with; why a source can't be read.
+    """
     from surgeon.calibrate.data import draw
 
     source = origin.source
+    tokenizer = source.load_tokenizer() if source else None
+    if not recipe.pieces and tokenizer is None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{by} needs calibration data",
+            at="--calibration",
+            why="it looks at what the model computes on a text; none was given, and there is no "
+            "tokenizer for the text of last resort",
+            try_="--calibration FILE: token ids in a .npy file, or a text for a model with a "
+            "tokenizer",
+        )
     vocab = int(source.config.vocab_size) if source else None
-    return draw(recipe, source.load_tokenizer() if source else None, vocab=vocab)
+    return draw(recipe, tokenizer, vocab=vocab, notes=notes)

@@ -27,6 +27,9 @@ CalibrationOption = Annotated[
     list[str] | None,
     typer.Option(help="text, .jsonl, .npy of token ids or datasets:NAME; FILE=WEIGHT mixes"),
 ]
+StatisticsOption = Annotated[
+    Path | None, typer.Option(help="what 'surgeon calibrate' wrote, in place of calibration data")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="plan only, write nothing")]
 NoVerifyOption = Annotated[
@@ -37,7 +40,7 @@ ReplaysAlone = (
     *("recipe", "ratio", "role", "freeze", "only", "seed"),
     *("measure", "limit", "multiple_of", "tensor_parallel"),
     *("transform", "transform_option", "score", "score_option", "select", "select_option"),
-    *("compensate", "compensate_option", "calibration", "samples", "length"),
+    *("compensate", "compensate_option", "calibration", "samples", "length", "statistics"),
 )
 """Options of `prune` that would make another plan than the one that is replayed."""
 
@@ -160,6 +163,7 @@ def prune(
     calibration: CalibrationOption = None,
     samples: Annotated[int | None, typer.Option(help="windows of calibration data")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in such a window")] = None,
+    statistics: StatisticsOption = None,
     plan: Annotated[
         Path | None, typer.Option(help="replay a plan (plan.json or a pruned folder)")
     ] = None,
@@ -213,7 +217,7 @@ def prune(
                 "multiple_of": values.whole_numbers(multiple_of, "--multiple-of"),
                 "tensor_parallel": tensor_parallel,
             },
-            calibration=values.calibration_keys(calibration, samples, length),
+            calibration=values.calibration_keys(calibration, samples, length, statistics),
             passes={
                 kind: Named(names, values.options(given or [], f"--{kind}-option"))
                 for kind, names, given in (
@@ -266,6 +270,7 @@ def run(
     out: OutOption = None,
     ratio: RatioOption = None,
     calibration: CalibrationOption = None,
+    statistics: StatisticsOption = None,
     dry_run: DryOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -278,7 +283,7 @@ def run(
 
     changes = Changes(
         budget={"ratio": None if ratio is None else values.number(ratio, "--ratio")},
-        calibration=values.calibration_keys(calibration, None, None),
+        calibration=values.calibration_keys(calibration, None, None, statistics),
         model=model,
     )
     settled = changes.applied(load_recipe(recipe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from surgeon.errors import Code, SurgeonError, near
@@ -117,15 +118,20 @@ def calibration(sources: list[str], samples: int, length: int, seed: int) -> Any
 
 
 def calibration_keys(
-    sources: list[str] | None, samples: int | None, length: int | None
+    sources: list[str] | None,
+    samples: int | None,
+    length: int | None,
+    statistics: Path | None = None,
 ) -> dict[str, Any]:
     """Returns what these options say in place of a recipe's calibration; None says nothing.
 
     Raises:
         SurgeonError: `bad-option` for numbers that mean nothing.
     """
-    from surgeon.recipes.changes import calibration_of
+    from surgeon.recipes.changes import calibration_of, two_sources
 
+    if sources and statistics is not None:
+        raise two_sources()
     data = calibration(sources or [], 1, 2, 0)
     named = calibration_of(data)["sources"] if data is not None else None
     for option, number, least in (("--samples", samples, 1), ("--length", length, 2)):
@@ -137,4 +143,5 @@ def calibration_keys(
                 why="calibration needs windows of tokens",
                 try_=f"{least} or more",
             )
-    return {"sources": named, "samples": samples, "length": length}
+    stored = None if statistics is None else str(statistics)
+    return {"sources": named, "samples": samples, "length": length, "statistics": stored}

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgeon.errors import Code, SurgeonError
 from surgeon.recipes.schema import Recipe, SourceKeys, Step
 
 
@@ -80,7 +81,7 @@ class Changes:
         # A text in place of saved statistics, or the other way round.
         if "sources" in data:
             data["statistics"] = None
-        elif "statistics" in data:
+        elif "statistics" in data and recipe.calibration.sources:
             data["sources"] = ()
         steps = [
             made
@@ -114,3 +115,14 @@ def calibration_of(data: Any) -> dict[str, Any]:
         "length": data.length,
         "seed": data.seed,
     }
+
+
+def two_sources() -> SurgeonError:
+    """Returns the refusal of data and statistics at once."""
+    return SurgeonError(
+        Code.BAD_OPTION,
+        "statistics stand in place of calibration data",
+        at="--statistics with --calibration",
+        why="only one of both can be what passes look at",
+        try_="leave one of them out",
+    )

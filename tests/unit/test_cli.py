@@ -19,8 +19,8 @@ COMMANDS = {
         "--output --to --recipe --ratio --role --freeze --only --transform --score --select "
         "--transform-option --score-option --select-option --compensate --compensate-option "
         "--measure --limit --multiple-of --tensor-parallel "
-        "--calibration --samples --length --plan --seed --dry-run --overwrite --no-verify "
-        "--json --trust-remote-code"
+        "--calibration --samples --length --statistics --plan --seed --dry-run --overwrite "
+        "--no-verify --json --trust-remote-code"
     ),
     "inspect": "--layer --role --param --json --trust-remote-code",
     "calibrate": (
@@ -43,7 +43,7 @@ COMMANDS = {
         "--prompt-tokens --new-tokens --batch --threads --repeat --device --json "
         "--trust-remote-code"
     ),
-    "run": "--output --ratio --calibration --dry-run --overwrite --no-verify --json "
+    "run": "--output --ratio --calibration --statistics --dry-run --overwrite --no-verify --json "
     "--trust-remote-code",
     "recipe": "",
     "passes": "--json",

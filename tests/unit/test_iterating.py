@@ -180,15 +180,15 @@ def test_a_first_round_that_is_too_bad_is_refused(
 def test_quality_cannot_be_watched_without_a_text(llama: Model) -> None:
     with pytest.raises(SurgeonError) as caught:
         surgeon.prune(llama, recipe=watched(), ratio=0.3)
-    assert caught.value.code is Code.BAD_OPTION and "stop_if_worse_than" in caught.value.at
+    assert caught.value.code is Code.BAD_OPTION and "stop_if_worse_than" in caught.value.what
 
 
 def test_windows_held_out_are_seen_by_no_pass(llama: Model) -> None:
-    seen, held = iterating._split(llama, Data(DATA.pieces, 16, 16), True)
+    seen, held = iterating._split(llama, Data(DATA.pieces, 16, 16), True, [])
     assert held is not None and (len(seen.ids), len(held.ids)) == (16, 2)
     rows = {row.tobytes() for row in seen.ids}
     assert not rows & {row.tobytes() for row in held.ids}
-    assert iterating._split(llama, Data(DATA.pieces, 16, 16), False)[1] is None
+    assert iterating._split(llama, Data(DATA.pieces, 16, 16), False, [])[1] is None
 
 
 # --- interruptions -------------------------------------------------------------------------------

@@ -253,11 +253,7 @@ def test_the_recipes_that_ship() -> None:
     assert recipes.DEFAULT_RECIPE in shipped()
 
 
-COMING = ("wanda", "taylor", "flap", "depth")
-"""Their passes are not there yet."""
-
-
-@pytest.mark.parametrize("name", sorted(shipped().keys() - COMING))
+@pytest.mark.parametrize("name", sorted(shipped()))
 def test_a_recipe_that_ships_is_valid_with_passes_that_are_there(name: str) -> None:
     found = load_recipe(name)
     assert found.about and found.about == recipes.about(name)
@@ -381,6 +377,42 @@ def test_options_hold_in_place_of_the_recipe(llama: Path) -> None:
     assert [p["pass"] for p in other["recipe"]] == ["score/magnitude", "select/uniform"]
     assert other["as_recipe"]["passes"][1]["multiple_of"] == 16
     assert other["as_recipe"]["budget"] == {"ratio": 0.2}
+
+
+@pytest.mark.slow
+def test_without_a_text_there_is_one_and_a_warning(llama: Path) -> None:
+    args = ("prune", llama, "--dry-run", "--json", "--recipe", "wanda", "--ratio", "0.2")
+    report = json.loads(ran(*args, "--samples", 4, "--length", 16))
+    assert report["recipe"][0]["effect"]["data"]["built-in text"][0] == 4
+    assert any("--calibration FILE" in note for note in report["notes"])
+    assert report["as_recipe"]["calibration"] == {"samples": 4, "length": 16}
+
+
+@pytest.mark.slow
+def test_saved_statistics_stand_in_for_data(llama: Path, text: Path, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.safetensors"
+    windows = ("--calibration", text, "--samples", 4, "--length", 16)
+    ran("calibrate", llama, "-o", stats, *windows)
+    base = ("prune", llama, "--recipe", "wanda", "--ratio", "0.2", "--no-verify")
+    ran(*base, "-o", tmp_path / "a", *windows)
+    ran(*base, "-o", tmp_path / "b", "--statistics", stats)
+    plans = [(tmp_path / name / "plan.json").read_text() for name in "ab"]
+    assert plans[0] == plans[1]
+    found = yaml.safe_load(ran("recipe", tmp_path / "b"))
+    assert found["calibration"]["statistics"] == str(stats)
+    assert "sources" not in found["calibration"]
+    # What takes the model to run is refused, and so are both, and another model's.
+    other = checkpoint(tmp_path / "other", models.build("Llama", seed=1))
+    again = ("prune", llama, "-o", tmp_path / "c", "--ratio", "0.2")
+    take = ("--statistics", stats)
+    refused(command(*again, "--recipe", "width", *take), "bad-option", "pruned model computes")
+    refused(command(*again, "--recipe", "wanda", *take, *windows), "bad-option", "one of both")
+    args = ("prune", other, "-o", tmp_path / "c", "--ratio", "0.2", "--recipe", "wanda")
+    refused(command(*args, *take), "plan-mismatch", "fingerprint")
+    rounds = tmp_path / "r.yaml"
+    rounds.write_text(WHOLE + "schedule: {rounds: 2}\n")
+    refused(command("run", rounds, llama, "-o", tmp_path / "c", *take), "bad-option", "schedule")
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow
