@@ -1,0 +1,106 @@
+"""Perplexity of every shipped recipe at several ratios, with CPU seconds and peak memory.
+
+    python tools/bench/quality.py CALIBRATION_TEXT EVALUATION_TEXT [--recipes default,flap]
+
+Each prune runs in a process of its own, so that its memory is its own. The protocol: calibration on
+64 windows of 512 tokens (seed 0); perplexity on the first 48 non-overlapping windows of 1,024
+tokens of the first 700,000 characters of the other text, fp32, no cache, nothing added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CHARACTERS, WINDOWS, LENGTH = 700_000, 48, 1024
+RATIOS = (0.1, 0.2, 0.3, 0.5)
+
+
+def one(arguments: argparse.Namespace) -> None:
+    """Prunes once and prints what came of it as JSON; runs in its own process."""
+    from surgeon import pipeline
+    from surgeon.calibrate.data import Piece, Recipe
+    from surgeon.errors import SurgeonError
+    from surgeon.report.evaluate import Text, perplexity
+
+    start, cpu = time.perf_counter(), time.process_time()
+    data = Recipe((Piece(str(arguments.calibration)),))
+    origin = pipeline.open_model(arguments.model)
+    try:
+        pruned = pipeline.prune(
+            origin,
+            recipe=arguments.one,
+            ratio=arguments.ratio,
+            calibration=data,
+            verify=False,
+            target="pt2" if arguments.any_shape else "transformers",
+        )
+    except SurgeonError as error:
+        print(json.dumps({"refused": f"{error.what}: {error.why}"}))
+        return
+    found = {
+        "removed": pruned.report.ratio["removed"],
+        "total": pruned.report.parameters["total"]["after"],
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu,
+        "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    assert origin.source is not None
+    text = arguments.text.read_text(encoding="utf-8")[:CHARACTERS]
+    score = perplexity(
+        pruned.model.float(),
+        origin.source.load_tokenizer(),
+        text=Text(arguments.text.name, text),
+        window=LENGTH,
+        max_windows=arguments.windows,
+    )
+    print(json.dumps({**found, "perplexity": score.perplexity}))
+
+
+def main() -> None:
+    from surgeon.recipes import shipped
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--recipes", default=",".join(shipped()))
+    parser.add_argument("--ratios", default=",".join(map(str, RATIOS)))
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--any-shape", action="store_true", help="a graph, which any plan fits")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--ratio", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(arguments)
+        return
+    print("| recipe | ratio | removed | perplexity | CPU s | wall s | peak MiB |")
+    print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    for recipe in arguments.recipes.split(","):
+        for ratio in arguments.ratios.split(","):
+            command = [sys.executable, __file__, *sys.argv[1:], "--one", recipe, "--ratio", ratio]
+            with tempfile.TemporaryFile("w+") as said:
+                result = subprocess.run(command, stdout=said, check=False)
+                said.seek(0)
+                lines = said.read().splitlines()
+            if result.returncode or not lines:
+                raise SystemExit(f"{recipe} at {ratio} ended with {result.returncode}")
+            found = json.loads(lines[-1])
+            if "refused" in found:
+                print(f"| {recipe} | {ratio} | {found['refused']} | | | | |", flush=True)
+                continue
+            print(
+                f"| {recipe} | {ratio} | {found['removed']:.2%} | {found['perplexity']:.2f} | "
+                f"{found['cpu']:.0f} | {found['seconds']:.0f} | {found['mib']:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
