@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from surgeon.commands import calibrate as command_calibrate
-from surgeon.commands import graph, passes, see, values
+from surgeon.commands import graph, latency, passes, see, values
 from surgeon.commands import prune as command_prune
 from surgeon.commands.arguments import (
     DeviceOption,
@@ -40,6 +40,7 @@ see.add(app)
 command_calibrate.add(app)
 app.command()(graph.graph)
 app.command()(passes.passes)
+app.command()(latency.latency)
 
 
 @app.command()
