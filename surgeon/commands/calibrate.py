@@ -45,7 +45,7 @@ def calibrate(
     from surgeon.calibrate.data import Recipe, draw
     from surgeon.calibrate.gathered import Gathered
     from surgeon.calibrate.parallel import rank
-    from surgeon.calibrate.stored import STATISTICS, save
+    from surgeon.calibrate.stored import STATISTICS, Statistic, save
     from surgeon.commands.values import calibration as pieces_of
     from surgeon.emit.files import check_output_file
     from surgeon.errors import no_weights
@@ -83,7 +83,7 @@ def calibrate(
         "seed": seed,
         "versions": versions(),
     }
-    kinds = tuple(kind for kind in STATISTICS if asked.count(kind))
+    kinds: tuple[Statistic, ...] = tuple(kind for kind in STATISTICS if kind in asked)
     counts = save(out, data, kinds, about, overwrite=overwrite)
     if rank() != 0:
         return

@@ -15,6 +15,7 @@ from surgeon.calibrate.data import Windows
 from surgeon.calibrate.gathered import Gathered
 from surgeon.calibrate.loss import summed
 from surgeon.calibrate.running import Machine
+from surgeon.calibrate.segments import segments
 from surgeon.errors import SurgeonError
 from surgeon.opening import Model, open_model
 from surgeon.runtime.lower import lower
@@ -24,11 +25,13 @@ pytestmark = pytest.mark.slow
 
 WINDOWS, LENGTH = 5, 9
 NAMES = ("Llama", "GPT2", "Gemma2")
+TIED = {"tie_word_embeddings": True}
 
 
 @cache
 def origin(name: str) -> Model:
-    return open_model(models.tiny(name))
+    # A tied embedding is one parameter of two pieces: the first and the last.
+    return open_model(models.tiny(name, **({} if name == "Llama" else TIED)))
 
 
 def ids() -> torch.Tensor:
@@ -77,6 +80,10 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_first_order_and_diagonal_fisher(name: str) -> None:
     """The tied embeddings of GPT-2 and Gemma 2 get the sum of both uses, squared as a sum."""
+    pieces = segments(origin(name).program)
+    tables = ("embed_tokens.weight", "wte.weight")
+    uses = [p for piece in pieces for p in piece.params if p.endswith(tables)]
+    assert len(uses) == (1 if name == "Llama" else 2)
     expected, _ = plain(name)
     found = gathered(name).gradients(tuple(expected))
     assert set(found) == set(expected)
