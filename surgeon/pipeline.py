@@ -209,6 +209,7 @@ def prune(
     freeze: Iterable[str] | None = None,
     only: Iterable[str] | None = None,
     measure: Measure | None = None,
+    latency: str | Path | None = None,
     limits: Mapping[str, float] | None = None,
     multiple_of: Mapping[str, int] | None = None,
     tensor_parallel: int | None = None,
@@ -247,6 +248,8 @@ def prune(
         only: globs over axes and module paths; nothing else is pruned.
         measure: what the ratio is a share of, other than parameters: `flops`, `bytes`,
             `cache_bytes` or `latency`.
+        latency: table of timings that `surgeon latency` wrote; the ratio is then a share of the
+            time, whether or not `measure` says so.
         limits: by role, or glob over axis names, the largest share of an axis that may go.
         multiple_of: by role or axis name, what kept counts are multiples of.
         tensor_parallel: devices that heads and inner widths are dealt out to.
@@ -297,7 +300,8 @@ def prune(
         "roles": roles,
         "freeze": freeze,
         "only": only,
-        "measure": measure,
+        "measure": "latency" if latency is not None and measure is None else measure,
+        "latency": None if latency is None else str(latency),
         "limits": limits,
         "multiple_of": multiple_of,
         "tensor_parallel": tensor_parallel,
@@ -418,12 +422,26 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
     """Returns what a recipe's budget means for a model.
 
     Raises:
-        SurgeonError: `no-such-axis` for a glob that matches nothing.
+        SurgeonError: `no-such-axis` for a glob that matches nothing; for a table of timings that
+            can't be read.
     """
     asked = recipe.budget
     multiples = multiples_of(origin, recipe.target)
     axes, branches = allowed(origin.axes, asked.freeze, asked.only)
     counted = decoder_params(origin.axes)
+    clock = None
+    if asked.latency is not None:
+        from surgeon.axes.clock import Table
+
+        if asked.measure != "latency":
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "the table of timings would not be looked at",
+                at=f"--latency {asked.latency}",
+                why=f"the ratio is a share of the {asked.measure}",
+                try_="--measure latency, or leave the table out",
+            )
+        clock = Table.read(asked.latency).clock
     wanted = dict(multiples())
     for name, multiple in asked.multiple_of.items():
         wanted[name] = lcm(multiple, wanted.get(name, 1))
@@ -437,6 +455,7 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
         measure=asked.measure,
         limits=dict(asked.limits),
         tensor_parallel=asked.tensor_parallel,
+        clock=clock,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ class Table:
     Attributes:
         pieces: those that can get faster.
         rest: seconds of what can't, such as the head.
+        others: sizes of the axes that were timed at one width only, by name.
         tokens: of each row that is read at once.
         batch: rows.
         repeat: timings of which each figure is the median.
@@ -92,6 +93,7 @@ class Table:
 
     pieces: tuple[Piece, ...]
     rest: float
+    others: Mapping[str, int]
     tokens: int
     batch: int
     repeat: int
@@ -150,24 +152,41 @@ class Table:
     def clock(self, axes: Axes) -> Clock:
         """Returns what tells how long a model with these axes takes.
 
+        It may be the model that was timed, or one of which a part is gone already.
+
         Raises:
             SurgeonError: `bad-option` where the table was made for another model.
         """
         branches = {b.name for b in axes.branches}
-        timed: list[_Timed] = []
+        timed = {b for piece in self.pieces for _, own in piece.places for b in own}
+        unknown = sorted(branches - timed) or ([] if branches else ["a model without branches"])
+        if unknown:
+            raise _other(unknown[0], "it was not timed")
+        for name, size in self.others.items():
+            if name in axes.by_name and axes.by_name[name].size != size:
+                why = f"{name} has the size {axes.by_name[name].size}, the table's has {size}"
+                raise _other(name, why)
+        found: list[_Timed] = []
         for piece in self.pieces:
             for names, own in piece.places:
-                sizes = tuple(axes.by_name[n].size if n in axes.by_name else 0 for n in names)
-                if sizes != piece.sizes or not branches.issuperset(own):
-                    raise SurgeonError(
-                        Code.BAD_OPTION,
-                        "the table of timings was made for another model",
-                        at=", ".join(own) or ", ".join(names),
-                        why=f"its axes have the sizes {sizes}, the table's {piece.sizes}",
-                        try_="surgeon latency MODEL -o TABLE.json with this model",
-                    )
-                timed.append(_Timed(piece, names, own))
-        return Clock({a.name: a.size for a in axes.axes}, tuple(timed), self.rest)
+                # An axis of which one index is left is none any more.
+                sizes = tuple(axes.by_name[n].size if n in axes.by_name else 1 for n in names)
+                for name, size, most in zip(names, sizes, piece.sizes, strict=True):
+                    if size > most:
+                        raise _other(name, f"it has the size {size}, the table's has {most}")
+                gone = frozenset(b for b in own if b not in branches)
+                found.append(_Timed(piece, names, own, sizes, gone))
+        return Clock({a.name: a.size for a in axes.axes}, tuple(found), self.rest)
+
+
+def _other(at: str, why: str) -> SurgeonError:
+    return SurgeonError(
+        Code.BAD_OPTION,
+        "the table of timings was made for another model",
+        at=at,
+        why=why,
+        try_="surgeon latency MODEL -o TABLE.json with this model",
+    )
 
 
 def _piece(data: Mapping[str, Any]) -> Piece:
@@ -193,13 +212,15 @@ class _Timed:
     piece: Piece
     names: tuple[str, ...]
     own: tuple[str, ...]
+    sizes: tuple[int, ...]
+    gone: frozenset[str]
     axes: tuple[str, ...] = ()
     branches: tuple[str, ...] = ()
     fixed: Counts = field(default_factory=dict[str, int])
 
     def left(self, kept: Counts, dropped: Collection[str] = ()) -> Any:
         """Returns the seconds that it takes."""
-        gone = tuple(i for i, name in enumerate(self.own) if name in dropped)
+        gone = tuple(i for i, name in enumerate(self.own) if name in dropped or name in self.gone)
         if len(gone) == len(self.own):
             return 0.0
         grid = next(g for g in self.piece.grids if g.dropped == gone)
@@ -207,7 +228,7 @@ class _Timed:
         for dim in grid.dims:
             name = self.names[dim]
             found = kept.get(name)
-            counts.append(self.fixed.get(name, self.piece.sizes[dim]) if found is None else found)
+            counts.append(self.fixed.get(name, self.sizes[dim]) if found is None else found)
         return grid.at(counts)
 
 
@@ -244,13 +265,13 @@ class Clock:
     ) -> tuple[_Timed, ...]:
         """Returns the pieces that these axes and branches are in; see `meter.Meter.parts`."""
         self._check({**dict.fromkeys(axes, 0), **(kept or {})})
-        return tuple(
-            _Timed(found.piece, found.names, found.own, inside, droppable, kept or {})
-            for found in self.timed
-            if (inside := tuple(n for n in found.names if n in axes))
-            or any(b in branches for b in found.own)
-            for droppable in [tuple(b for b in found.own if b in branches)]
-        )
+        out: list[_Timed] = []
+        for found in self.timed:
+            inside = tuple(n for n in found.names if n in axes)
+            droppable = tuple(b for b in found.own if b in branches)
+            if inside or droppable:
+                out.append(replace(found, axes=inside, branches=droppable, fixed=kept or {}))
+        return tuple(out)
 
     def _check(self, kept: Counts) -> None:
         known = {name for found in self.timed for name in found.names}

@@ -38,7 +38,7 @@ NoVerifyOption = Annotated[
 
 ReplaysAlone = (
     *("recipe", "ratio", "role", "freeze", "only", "seed"),
-    *("measure", "limit", "multiple_of", "tensor_parallel"),
+    *("measure", "latency", "limit", "multiple_of", "tensor_parallel"),
     *("transform", "transform_option", "score", "score_option", "select", "select_option"),
     *("compensate", "compensate_option", "calibration", "samples", "length", "statistics"),
 )
@@ -129,6 +129,10 @@ def prune(
             help="what the ratio is a share of: parameters, flops, bytes, cache_bytes or latency"
         ),
     ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="timings that surgeon latency wrote; the measure"),
+    ] = None,
     limit: Annotated[
         list[str] | None,
         typer.Option(help="largest share that may go of a role or axis, such as ffn=0.5"),
@@ -212,7 +216,10 @@ def prune(
                 "roles": values.numbers(role, "--role"),
                 "freeze": freeze,
                 "only": only,
-                "measure": values.one_of(measure, MEASURES, "--measure"),
+                "measure": values.one_of(
+                    "latency" if latency and measure is None else measure, MEASURES, "--measure"
+                ),
+                "latency": latency,
                 "limits": values.numbers(limit, "--limit"),
                 "multiple_of": values.whole_numbers(multiple_of, "--multiple-of"),
                 "tensor_parallel": tensor_parallel,

@@ -69,6 +69,9 @@ class BudgetKeys(Strict):
     """What the ratio is a share of: parameters (of the decoder's layers), flops, bytes,
     cache_bytes or latency."""
 
+    latency: StrictStr | None = None
+    """Table of timings that `surgeon latency` wrote, for the measure of that name."""
+
     limits: dict[StrictStr, Part] = {}
     """By role, or glob over axes, the largest share of an axis's indices that may go."""
 

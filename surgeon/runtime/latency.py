@@ -127,10 +127,12 @@ def measure(
             )
         )
     say("what no width changes")
+    varied = {name for p in places for name in p.axes}
     spent = sum(_timed([p.segment], settings)[0] for p in rest)
     return Table(
         tuple(pieces),
         max(spent, 1e-9),
+        {a.name: a.size for a in axes.axes if a.name not in varied},
         settings.tokens,
         settings.batch,
         settings.repeat,

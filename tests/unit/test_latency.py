@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from math import prod
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import surgeon
 from passes.select.budgeted import Budgeted
 from surgeon.axes import Axes, analyse
 from surgeon.axes.budget import Budget, allowed, decoder_params
 from surgeon.axes.clock import Clock, Grid, Piece, Table
 from surgeon.axes.meter import after
 from surgeon.axes.plan import Plan, check, counts, cut
+from surgeon.axes.surgery import operate
 from surgeon.capture.model import capture_model
 from surgeon.cli import app
 from surgeon.errors import Code, SurgeonError
@@ -167,6 +170,28 @@ def test_the_table_of_another_model_is_refused() -> None:
     assert caught.value.code == Code.BAD_OPTION and "another model" in caught.value.what
 
 
+def test_what_is_left_of_a_model_needs_no_table_of_its_own() -> None:
+    """Another round of pruning goes by the table of the first."""
+    axes = axes_of("Llama")
+    clock = table_of("Llama").clock(axes)
+    plan = Plan(
+        (cut(axes.by_name["model.layers.0.mlp/ffn"], range(30)),), ("model.layers.1/attention",)
+    )
+    left = analyse(operate(axes, plan))
+    found = table_of("Llama").clock(left)
+    assert found.whole == pytest.approx(after(clock, plan))
+    mlp = {"model.layers.1.mlp/ffn": 7}
+    assert found.left(mlp) == pytest.approx(
+        clock.left({"model.layers.0.mlp/ffn": 30, **mlp}, plan.branches)
+    )
+    table = table_of("Llama")
+    with pytest.raises(SurgeonError) as caught:
+        replace(table, others={**table.others, "hidden": 47}).clock(axes)
+    assert caught.value.at == "hidden"
+    with pytest.raises(SurgeonError):
+        replace(table, pieces=table.pieces[1:]).clock(axes)
+
+
 def test_an_axis_that_was_not_timed_can_t_be_counted() -> None:
     axes = axes_of("Llama")
     clock = table_of("Llama").clock(axes)
@@ -226,7 +251,7 @@ def test_what_takes_no_time_is_left_alone() -> None:
         )
         mlp = "mlp" in piece.places[0][1][0]
         pieces.append(piece if mlp else Piece(piece.places, piece.sizes, flat))
-    other = Table(tuple(pieces), table.rest, 3, 1, 5, "")
+    other = replace(table, pieces=tuple(pieces))
     plan = select(other.clock, 0.2)
     assert {axes_of("Llama").get(c.axis).role for c in plan.cuts} == {"ffn"}
 
@@ -235,6 +260,19 @@ def test_more_than_there_is_can_t_be_saved() -> None:
     with pytest.raises(SurgeonError) as caught:
         select(table_of("Llama").clock, 0.9)
     assert caught.value.code == Code.BAD_RATIO and 0 < caught.value.data["reachable"] < 0.9
+
+
+def test_a_prune_takes_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(table_of("Llama").to_json())
+    common: dict[str, Any] = {"ratio": 0.2, "score": "random", "select": "budgeted"}
+    asked: dict[str, Any] = {**common, "compensate": [], "verify": False, "recipe": "random"}
+    pruned = surgeon.prune(models.tiny("Llama"), latency=path, **asked)
+    clock = table_of("Llama").clock(pruned.axes)
+    assert 1 - after(clock, pruned.plan) / clock.whole == pytest.approx(0.2, abs=0.003)
+    with pytest.raises(SurgeonError) as caught:
+        surgeon.prune(models.tiny("Llama"), latency=path, measure="flops", **asked)
+    assert caught.value.code == Code.BAD_OPTION and "--latency" in caught.value.at
 
 
 def test_the_command_times_a_model_and_writes_the_table(tmp_path: Path) -> None:
