@@ -145,8 +145,10 @@ def sequential(
         for piece in segments(program):
             if piece.given is not None and piece.passed is None and streams is not None:
                 streams.extend(row.clone() for i in range(len(batches)) for row in _held(dense[i]))
-            if wanted <= found.keys():
-                break  # nothing after the last one is asked for, and the head is the dearest
+            # Nothing after the last one is asked for. What has no map costs next to nothing, and
+            # leads to what the head is given; the head itself is the dearest piece.
+            if wanted <= found.keys() and contractions(piece.program):
+                break
             tapped = {
                 c.param: c
                 for c in contractions(piece.program)

@@ -1,0 +1,235 @@
+"""Gains: learnt from the dense model, folded into weights; and the target that the stream sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import surgeon
+from passes.compensate.gains import Gains
+from passes.compensate.least_squares import LeastSquares
+from surgeon.axes.plan import Plan, Selection, cut
+from surgeon.calibrate.data import Piece, Recipe, Windows
+from surgeon.calibrate.distil import streams_of, trained
+from surgeon.calibrate.gathered import Gathered
+from surgeon.calibrate.running import Machine
+from surgeon.calibrate.segments import segments
+from surgeon.calibrate.sequential import closing
+from surgeon.opening import Model, open_model
+from surgeon.plugin import Context
+from surgeon.runtime.apply import masked
+from surgeon.runtime.lower import lower
+from tests import models
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Model:
+    return open_model(models.tiny("Llama"))
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return models.tokens(100, 12, 16)
+
+
+@pytest.fixture
+def data(llama: Model, ids: torch.Tensor) -> Gathered:
+    return Gathered(llama.axes, llama.read, Windows(ids.numpy()))
+
+
+@pytest.fixture(scope="module")
+def halved(llama: Model) -> Plan:
+    return Plan(tuple(cut(a, range(0, 80, 2)) for a in llama.axes.of_role("ffn")))
+
+
+def logits(origin: Model, change: Any, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
+    selection = Selection(origin.axes, plan)
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    with torch.no_grad():
+        module = lower(
+            origin.program, lambda n: masked(selection, n, change.get(n, origin.read(n)))
+        )
+        return module(ids, torch.ones_like(ids), positions)
+
+
+def divergence(origin: Model, change: Any, plan: Plan, ids: torch.Tensor) -> float:
+    wanted = logits(origin, {}, Plan(), ids).flatten(0, 1).log_softmax(-1)
+    found = logits(origin, change, plan, ids).flatten(0, 1).log_softmax(-1)
+    return float(torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+
+
+# --- gains ---------------------------------------------------------------------------------------
+
+
+def test_they_bring_the_predictions_nearer(
+    data: Gathered, llama: Model, ids: torch.Tensor, halved: Plan
+) -> None:
+    context = Context(llama.axes, llama.read, calibration=data)
+    found = Gains(rate=0.02, epochs=4, windows=4).compensate(context, halved)
+    before, after = (divergence(llama, c, halved, ids) for c in ({}, found))
+    assert after < 0.8 * before
+    assert "gains: divergence" in context.notes[0]
+
+
+def test_every_map_gets_factors_of_its_kept_rows_and_columns_and_nothing_else(
+    data: Gathered, llama: Model, halved: Plan
+) -> None:
+    found, steps = data.distilled(halved, rate=0.02, epochs=1, windows=4)
+    assert len(steps) == 3
+    selection = Selection(llama.axes, halved)
+    for name, tensor in found.items():
+        old = llama.read(name)
+        ratio = torch.where(old == 0, torch.ones_like(old), tensor / old).double()
+        # An outer product of two factors has rank one.
+        assert torch.linalg.matrix_rank(ratio, rtol=1e-4) == 1
+        for dim, kept in enumerate(selection.kept(name)):
+            if kept is not None:
+                gone = np.setdiff1d(np.arange(old.shape[dim]), kept)
+                same = tensor.index_select(dim, torch.from_numpy(gone)) / old.index_select(
+                    dim, torch.from_numpy(gone)
+                )
+                # The factor of a removed index is one: what varies is the other dimension's.
+                assert torch.allclose(same, same.mean(dim, keepdim=True), rtol=1e-3)
+
+
+def test_nothing_removed_leaves_nothing_to_learn(
+    data: Gathered, llama: Model, ids: torch.Tensor
+) -> None:
+    found, steps = data.distilled(Plan(), rate=1e-3, epochs=0.5, windows=2)
+    # Adam takes a step whatever the size of a gradient, which here is rounding alone.
+    assert steps[0] < 1e-6 and max(steps) < 1e-4
+    assert divergence(llama, found, Plan(), ids) < 1e-3
+
+
+def test_a_tied_table_gets_none() -> None:
+    tied = open_model(models.tiny("Gemma2", tie_word_embeddings=True))
+    names = {tied.program.ops[i].arg(1).name for i in trained(tied.program)}  # pyright: ignore
+    assert names and not any("embed" in name or "head" in name for name in names)
+
+
+def test_what_an_earlier_pass_replaced_is_what_gains_multiply(
+    data: Gathered, llama: Model, halved: Plan
+) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    twice = llama.read(name) * 2
+    seen = data.with_rewrites({name: twice}, dense=False)
+    found, _ = seen.distilled(halved, rate=1e-6, epochs=0.1, windows=1)
+    torch.testing.assert_close(found[name], twice, rtol=1e-4, atol=1e-6)
+
+
+def test_streams_are_what_the_head_reads(llama: Model, ids: torch.Tensor, data: Gathered) -> None:
+    streams = streams_of(llama.program, llama.read, ids, Machine(tokens=32))
+    head = lower(segments(llama.program)[-1].program, llama.read)
+    positions = torch.arange(16)[None]
+    for row, stream in zip(ids, streams, strict=True):
+        with torch.no_grad():
+            found = head(row[None], torch.ones_like(row[None]), positions, stream[None])
+        torch.testing.assert_close(found, logits(llama, {}, Plan(), row[None]))
+
+
+def test_sequential_calibration_leaves_the_streams_that_gains_need(
+    data: Gathered, llama: Model, halved: Plan, ids: torch.Tensor
+) -> None:
+    params = ["model.layers.1.mlp.down_proj.weight"]
+    data.sequential(halved, params, lambda name, pair: llama.read(name))
+    kept = data._known.streams
+    for one, two in zip(kept, streams_of(llama.program, llama.read, ids, Machine()), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["rate", "epochs", "windows"])
+def test_options_that_mean_nothing(option: str) -> None:
+    with pytest.raises(ValueError, match=option):
+        Gains(**{option: 0})
+
+
+# --- the stream's target -------------------------------------------------------------------------
+
+
+def test_only_what_is_added_as_it_is_can_close_a_gap() -> None:
+    def ends(name: str) -> set[str]:
+        found = (closing(p) for p in segments(open_model(models.tiny(name)).program))
+        return {c.param.split(".")[-2] for c in found if c is not None}
+
+    assert ends("Llama") == {"o_proj", "down_proj"}
+    assert ends("Gemma2") == set()  # a norm stands between the map and the sum
+    assert ends("GPT2") == set()  # nor is a product that is reshaped before the sum
+
+
+@pytest.mark.parametrize("name", ["Llama", "Starcoder2"])
+def test_what_is_wanted_is_what_the_stream_lacks(name: str, ids: torch.Tensor) -> None:
+    origin = open_model(models.tiny(name))
+    data = Gathered(origin.axes, origin.read, Windows(ids.numpy()))
+    axis = origin.axes.of_role("ffn")[0]
+    plan = Plan((cut(axis, range(axis.size // 2)),))
+    pieces = [p for p in segments(origin.program) if closing(p)]
+    last = closing(pieces[-1])
+    assert last is not None
+    seen: dict[str, Any] = {}
+
+    def solve(param: str, pair: Any) -> torch.Tensor:
+        seen[param] = pair
+        return origin.read(param)
+
+    data.sequential(plan, [last.param], solve)
+    selection = Selection(origin.axes, plan)
+
+    def run(change: bool) -> tuple[torch.Tensor, ...]:
+        """The stream before and after the last branch, and what its last map reads."""
+        from dataclasses import replace
+
+        piece = pieces[-1]
+        program = replace(
+            origin.program, outputs=(piece.given or "", piece.passed or "", last.value)
+        ).without_dead_code()
+        get = (lambda n: masked(selection, n, origin.read(n))) if change else origin.read
+        positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+        with torch.no_grad():
+            return lower(program, get)(ids, torch.ones_like(ids), positions)
+
+    after, (before, _, p) = run(False)[1], run(True)
+    bias = origin.read(last.bias) if last.bias else 0.0
+    gap = (after - before - bias).flatten(0, 1).double()
+    want = gap.T @ p.flatten(0, 1).double() / ids.numel()
+    torch.testing.assert_close(seen[last.param].wanted, want, rtol=1e-3, atol=1e-5)
+
+
+def test_the_stream_as_target_ends_nearer_to_the_dense_stream(
+    llama: Model, ids: torch.Tensor, halved: Plan, data: Gathered
+) -> None:
+    context = Context(llama.axes, llama.read, calibration=data)
+
+    def gap(towards: Any) -> float:
+        found = LeastSquares(ridge=0.01, towards=towards).compensate(context, halved)
+        dense, small = (logits(llama, c, p, ids) for c, p in (({}, Plan()), (found, halved)))
+        return float((dense - small).square().mean())
+
+    assert gap("stream") < gap("branch")
+
+
+def test_the_default_recipe_runs_whole_and_is_verified() -> None:
+    tokens = list(np.random.default_rng(0).integers(3, 100, 400))
+    data = Recipe((Piece(tokens),), 12, 16)
+    pruned = surgeon.prune(models.tiny("Llama"), ratio=0.2, recipe="default", calibration=data)
+    assert [e["pass"] for e in pruned.report.recipe][1:] == [
+        "score/obs",
+        "select/budgeted",
+        "compensate/least_squares",
+        "compensate/gains",
+    ]
+    assert pruned.report.verification is not None
+    assert pruned.report.verification["largest"] <= 1e-4
