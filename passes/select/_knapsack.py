@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -230,7 +231,7 @@ class _Search:
         best[0] = 0.0
         taken: list[Ints] = []
         for curve in self.curves:
-            bins = np.minimum(np.rint(curve.saved / unit), BINS).astype(np.int64)
+            bins = self._bins(curve.saved, unit)
             # Of those that save as much on the grid the first loses least.
             _, first = np.unique(bins, return_index=True)
             new = np.full(BINS + 1, np.inf)
@@ -250,5 +251,9 @@ class _Search:
         for part in range(len(self.curves) - 1, -1, -1):
             points[part] = int(taken[part][at])
             curve = self.curves[part]
-            at = max(at - int(min(np.rint(curve.saved[points[part]] / unit), BINS)), 0)
+            at = max(at - int(self._bins(curve.saved[points[part]], unit)), 0)
         return self.closed(self.choice(points))
+
+    def _bins(self, saved: Any, unit: float) -> Any:
+        """Returns savings on the grid, rounded up: what meets the goal does so there too."""
+        return np.minimum(np.ceil(saved / unit - 1e-9), BINS).astype(np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,6 @@ from surgeon.plugin import Axis, Budget, Code, Context, Cut, GetScores, Plan, Su
 
 LAYERS = "layers"
 """The role that stands for whole branches."""
-
-Kept = Callable[[Axis], NDArray[np.int64]]
-"""Counts that an axis may keep, most first."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,13 @@ class Asked:
     dropped: tuple[str, ...]
 
 
-def asked(context: Context, scores: GetScores, budget: Budget, kept: Kept | None = None) -> Asked:
+def asked(context: Context, scores: GetScores, budget: Budget) -> Asked:
     """Returns the counts and branches that a budget's roles come to.
 
     Args:
         context: what the driver gave.
         scores: for branches, the worst of which go.
         budget: what is asked for.
-        kept: what an axis may keep; as the budget has it by default.
 
     Raises:
         SurgeonError: where a role isn't there, is pinned or frozen, or nothing would be left.
@@ -51,7 +47,7 @@ def asked(context: Context, scores: GetScores, budget: Budget, kept: Kept | None
         if not axes:
             raise nothing(context, role, budget)
         for axis in axes:
-            counts[axis.name] = rounded(axis, share, (kept or budget.kept)(axis), budget)
+            counts[axis.name] = rounded(axis, share, budget)
     return Asked(counts, _dropped(context, scores, budget))
 
 
@@ -61,7 +57,7 @@ def open_axes(context: Context, budget: Budget, roles: Iterable[str]) -> list[Ax
     return [axis for name, axis in found.items() if name in budget.axes]
 
 
-def rounded(axis: Axis, share: float, kept: NDArray[np.int64], budget: Budget) -> int:
+def rounded(axis: Axis, share: float, budget: Budget) -> int:
     """Returns the count nearest to what is left when a share of an axis goes.
 
     Raises:
@@ -86,18 +82,23 @@ def rounded(axis: Axis, share: float, kept: NDArray[np.int64], budget: Budget) -
             try_=f"{role}={budget.limit(axis):g}, or a larger limit",
             data={"reachable": budget.limit(axis)},
         )
-    return nearest(axis, axis.size - gone, kept)
+    return nearest(axis, axis.size - gone, budget.kept(axis), budget.multiple(axis))
 
 
-def nearest(axis: Axis, count: int, kept: NDArray[np.int64]) -> int:
+def nearest(axis: Axis, count: int, kept: NDArray[np.int64], multiple: int) -> int:
     """Returns the count that may be kept nearest to one.
 
     A size that is no multiple of what is wanted stands for the next that is, unless all is meant
     to stay: it is not kept whole because that is nearer than rounding down.
+
+    Args:
+        axis: that is cut.
+        count: what would be kept.
+        kept: counts that may be, most first.
+        multiple: what all of those but the size itself are multiples of.
     """
-    if count >= axis.size or len(kept) == 1:
+    if count >= axis.size:
         return int(kept[0])
-    multiple = int(np.gcd.reduce(kept[1:]))
     stands = -(-kept // multiple) * multiple
     return int(kept[np.abs(stands - count).argmin()])
 

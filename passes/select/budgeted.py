@@ -267,7 +267,9 @@ class _Search:
         kept: dict[str, int] = {}
         for axis in (a for a in self.axes if a.role == role):
             gone = max(1, round(self.options.reference * axis.size))
-            kept[axis.name] = nearest(axis, axis.size - gone, curves[axis.name].kept)
+            kept[axis.name] = nearest(
+                axis, axis.size - gone, curves[axis.name].kept, self.budget.multiple(axis)
+            )
         cut = {name: count for name, count in kept.items() if count < curves[name].axis.size}
         predicted = sum(curves[name].at(count) for name, count in cut.items())
         if not cut or predicted <= 0:

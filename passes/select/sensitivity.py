@@ -116,7 +116,7 @@ class Sensitivity(SelectPass):
 
     def _reference(self, axis: Axis, budget: Budget) -> int:
         gone = max(1, round(self.reference * axis.size))
-        return nearest(axis, axis.size - gone, budget.kept(axis))
+        return nearest(axis, axis.size - gone, budget.kept(axis), budget.multiple(axis))
 
 
 def _branch(context: Context, axis: Axis) -> Branch | None:

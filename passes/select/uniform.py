@@ -10,14 +10,15 @@ one of three groups in every layer doubles perplexity).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from passes.select._shared import asked, nearest, open_axes, plan_of
-from surgeon.plugin import Axis, Budget, Context, GetScores, Meter, Plan, SelectPass
+from surgeon.plugin import Budget, Context, GetScores, Meter, Plan, SelectPass
 
 Tried = tuple[dict[str, int], float]
 """Kept counts by axis, and how much of the measure goes with the rest."""
@@ -46,19 +47,16 @@ class Uniform(SelectPass):
 
     def select(self, context: Context, scores: GetScores, budget: Budget) -> Plan:
         """Returns the plan that meets the budget within half of one selection step."""
-        wanted = asked(context, scores, budget, lambda axis: self._allowed(axis, budget))
+        own = {
+            role: lcm(self.multiple_of, budget.multiple_of.get(role, 1))
+            for role in ("ffn", "hidden")
+        }
+        budget = replace(budget, multiple_of={**budget.multiple_of, **own})
+        wanted = asked(context, scores, budget)
         keep = dict(wanted.kept)
         if budget.ratio is not None:
             keep = _Fill(self, context, budget, wanted.dropped).fill(keep)
         return plan_of(context, scores, keep, wanted.dropped)
-
-    def _allowed(self, axis: Axis, budget: Budget) -> NDArray[np.int64]:
-        """Counts that an axis may keep, most first."""
-        found = budget.kept(axis)
-        if self.multiple_of == 1 or axis.role not in ("ffn", "hidden"):
-            return found
-        own = (found % self.multiple_of == 0) | (found == axis.size)
-        return found[own]
 
 
 class _Fill:
@@ -75,9 +73,7 @@ class _Fill:
         self.goal = budget.ratio * self.whole
         self.axes = {role: open_axes(context, budget, (role,)) for role in ORDER}
         self.allowed: Mapping[str, NDArray[np.int64]] = {
-            a.name: options._allowed(a, budget)  # pyright: ignore[reportPrivateUsage]
-            for axes in self.axes.values()
-            for a in axes
+            a.name: budget.kept(a) for axes in self.axes.values() for a in axes
         }
 
     def fill(self, fixed: dict[str, int]) -> dict[str, int]:
@@ -116,7 +112,13 @@ class _Fill:
         axes = self.axes[role]
         share = gone / max(a.size for a in axes)
         return {
-            a.name: nearest(a, a.size - round(share * a.size), self.allowed[a.name]) for a in axes
+            a.name: nearest(
+                a,
+                a.size - round(share * a.size),
+                self.allowed[a.name],
+                self.budget.multiple(a),
+            )
+            for a in axes
         }
 
     def _tried(self, keep: dict[str, int], role: str) -> Callable[[int], Tried]:

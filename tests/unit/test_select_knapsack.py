@@ -67,6 +67,12 @@ def test_of_convex_curves_the_best_combination_is_found(
     assert found.loss == pytest.approx(least(curves, goal), rel=1e-3)
 
 
+def test_what_just_meets_the_goal_does_so_on_the_grid_of_budgets() -> None:
+    """Three, three and five elevenths of two thousand, each rounded, are less than that."""
+    curves = [curve([0.0] * 5), curve([0.0, 0, 3, 4]), curve([0.0, 0, 3, 4, 0])]
+    assert choose(curves, 11, convex=False).loss == 6
+
+
 @given(st.lists(STEPS, min_size=1, max_size=4), st.data())
 @settings(max_examples=60, deadline=None)
 def test_of_any_curves_dynamic_programming_finds_it(steps: list[list[int]], data: st.DataObject):
