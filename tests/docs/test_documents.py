@@ -73,6 +73,10 @@ def test_a_pass_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 del sys.modules[module]
 
 
+def test_recipes() -> None:
+    check("recipes.md", model=models.tiny("Llama"))
+
+
 def test_an_operation_of_ones_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch, learn: Callable[[str], None]
 ) -> None:

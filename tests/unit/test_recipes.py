@@ -415,6 +415,20 @@ def test_saved_statistics_stand_in_for_data(llama: Path, text: Path, tmp_path: P
     assert not (tmp_path / "c").exists()
 
 
+IDS = Data((Piece([3 + 7 * i % 89 for i in range(400)]),), 6, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_recipe_that_ships_meets_a_ratio_and_is_verified(name: str) -> None:
+    model = models.tiny("Llama", num_hidden_layers=4) if name == "depth" else models.tiny("Llama")
+    made = surgeon.prune(model, recipe=name, ratio=0.3, calibration=IDS)
+    assert abs(made.report.ratio["removed"] - 0.3) < 0.05
+    assert made.report.verification is not None
+    assert made.report.verification["largest"] <= 1e-4
+    assert bool(made.plan.branches) == (name == "depth")
+
+
 @pytest.mark.slow
 def test_limits_and_multiples_hold(llama: Path) -> None:
     base = ("prune", llama, "--dry-run", "--json", "--recipe", "random", "--role", "ffn=0.5")
