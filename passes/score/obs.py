@@ -25,6 +25,9 @@ from typing import Any, ClassVar, Literal
 from passes.score._reading import added, matrix, readers
 from surgeon.plugin import Context, ScorePass
 
+_TURNS = 64
+"""An axis's indices are eliminated in at least so many steps, or one by one."""
+
 _SPARSE = 0.75
 """Columns are taken out for good once so large a share of those that are held is left."""
 
@@ -40,7 +43,7 @@ class OptimalBrainSurgeon(ScorePass):
     """
 
     batch: int = 16
-    """Indices eliminated at a time; 1 is the exact greedy order."""
+    """Indices eliminated at a time, fewer on an axis with few; 1 is the exact greedy order."""
 
     weigh: Literal["outputs", "loss"] = "outputs"
     """Measure what is lost by the outputs' squared change, or by the growth of the loss."""
@@ -82,7 +85,9 @@ class OptimalBrainSurgeon(ScorePass):
         damped = second + self.damping * size * eye
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         groups = torch.from_numpy(consumer.groups.reshape(-1, consumer.groups.shape[-1]))
-        scores = _eliminate(weight, inverse, groups, self.batch)
+        # Of an axis with few indices each has to have its own turn.
+        batch = min(self.batch, max(1, len(groups) // _TURNS))
+        scores = _eliminate(weight, inverse, groups, batch)
         return scores.reshape(consumer.groups.shape[:-1]).numpy()
 
 

@@ -123,6 +123,14 @@ def test_it_scores_every_axis_that_a_map_is_summed_over(context: Context) -> Non
         assert found[name].shape == (*outer, axis.size) and np.isfinite(found[name]).all()
 
 
+def test_each_of_a_few_heads_has_a_cost_of_its_own(context: Context) -> None:
+    name = "model.layers.0.self_attn/kv_heads"
+    one, many = (
+        OptimalBrainSurgeon(batch=batch).score(_asked(context, [name]))[name] for batch in (1, 16)
+    )
+    assert len(set(many.tolist())) == 3 and np.array_equal(one, many)
+
+
 def _asked(context: Context, names: Sequence[str]) -> Context:
     from dataclasses import replace
 
