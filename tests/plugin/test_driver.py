@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import surgeon
+from surgeon.calibrate.data import Piece
+from surgeon.calibrate.data import Recipe as Data
 from surgeon.effects import of_plan
 from surgeon.errors import Code, SurgeonError
 from surgeon.opening import Model, open_model
@@ -116,6 +118,28 @@ class Take(SelectPass):
 '''
 
 
+LOOK = '''
+"""Notes the size of what a parameter reads: in the pruned model, and beside the dense one's."""
+from dataclasses import dataclass
+from surgeon.plugin import CompensatePass
+
+@dataclass(frozen=True)
+class Look(CompensatePass):
+    """Nothing is replaced."""
+    needs = frozenset({"activations: sequential", "activations: norms"})
+    param: str
+
+    def compensate(self, context, plan):
+        dense = context.norms([self.param])[self.param].square.sum()
+        def solve(param, pair):
+            found = (dense, pair.pruned.trace(), pair.cross.trace())
+            context.notes.append(" ".join(f"{float(number):.6e}" for number in found))
+            return context.weights(param)
+        context.sequential(plan, [self.param], solve)
+        return {}
+'''
+
+
 @pytest.fixture(scope="module")
 def llama() -> Model:
     return open_model(models.tiny("Llama"))
@@ -129,7 +153,9 @@ def acme(install: Install) -> Iterator[None]:
         for kind, call in calls.items()
     }
     before = set(sys.modules)
-    install("acme", {**files, "score/seen.py": SEEN, "select/take.py": TAKE})
+    install(
+        "acme", {**files, "score/seen.py": SEEN, "select/take.py": TAKE, "compensate/look.py": LOOK}
+    )
     yield
     for name in set(sys.modules) - before:
         if name.startswith("acme"):
@@ -187,6 +213,30 @@ def test_each_rewrite_is_seen_by_those_after_it(llama: Model) -> None:
     # The smaller model is the masked one, with what was rewritten in both.
     assert pruned.report.verification is not None
     assert pruned.report.verification["largest"] <= 1e-4
+
+
+def test_the_models_that_passes_look_at_are_those_of_the_passes_before(llama: Model) -> None:
+    data = Data((Piece([3 + 7 * i % 89 for i in range(400)]),), 4, 16)
+    whole = take(kept=79)  # next to nothing is gone
+
+    def looked(*steps: dict[str, Any]) -> tuple[float, ...]:
+        made = surgeon.prune(llama, recipe=recipe(*steps), calibration=data, verify=False)
+        dense, pruned, cross = map(float, made.report.notes[-1].split())
+        return dense, pruned, cross
+
+    seen, look = {"score": "seen"}, {"compensate": "look", "param": DOWN}
+    dense, pruned, cross = looked(seen, whole, look)
+    twice = times("compensate", UP, 2)  # what the map reads is twice as large
+    assert looked(seen, whole, twice, look) == pytest.approx((dense, 4 * pruned, 2 * cross))
+    assert looked(seen, whole, twice, times("compensate", UP, 3), look) == pytest.approx(
+        (dense, 36 * pruned, 6 * cross)
+    )
+    # A transform is the model's own from then on.
+    turned = times("transform", UP, 2)
+    assert looked(turned, seen, whole, look) == pytest.approx((4 * dense, 4 * pruned, 4 * cross))
+    assert looked(turned, seen, whole, twice, look) == pytest.approx(
+        (4 * dense, 16 * pruned, 8 * cross)
+    )
 
 
 def test_the_record_says_what_each_did(llama: Model) -> None:
