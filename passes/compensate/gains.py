@@ -2,7 +2,7 @@
 
 What least squares leave behind is an error of the whole, which no layer sees: the smaller model as
 one is made to predict, on the calibration data, what the dense model predicts. Only gains are
-learnt, one for each row and column of every map (about 2 % of the parameters' number in a small
+learnt, one for each row and column of every map (0.3 % of the parameters' number in a small
 model, less in a large one); they are then factors in the weights. No weight is trained by itself.
 
 Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Liu et al., Few-Shot

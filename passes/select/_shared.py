@@ -47,7 +47,7 @@ def asked(context: Context, scores: GetScores, budget: Budget) -> Asked:
         if not axes:
             raise nothing(context, role, budget)
         for axis in axes:
-            counts[axis.name] = rounded(axis, share, budget)
+            counts[axis.name] = rounded(axis, share, budget, role)
     return Asked(counts, _dropped(context, scores, budget))
 
 
@@ -57,13 +57,19 @@ def open_axes(context: Context, budget: Budget, roles: Iterable[str]) -> list[Ax
     return [axis for name, axis in found.items() if name in budget.axes]
 
 
-def rounded(axis: Axis, share: float, budget: Budget) -> int:
+def rounded(axis: Axis, share: float, budget: Budget, role: str) -> int:
     """Returns the count nearest to what is left when a share of an axis goes.
+
+    Args:
+        axis: what is cut.
+        share: of its indices.
+        budget: its limits and multiples.
+        role: what was asked for, which may stand for several roles, as `qk` does.
 
     Raises:
         SurgeonError: `empty-axis` or `bad-ratio` where that isn't what was asked for.
     """
-    role, gone = axis.role, round(share * axis.size)
+    gone = round(share * axis.size)
     if gone >= axis.size:
         raise SurgeonError(
             Code.EMPTY_AXIS,

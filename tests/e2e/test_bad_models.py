@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,12 @@ def test_code_of_its_own_is_not_run_unasked(copy: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda *args: None)
+    found = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> Any:
+        return None if name.startswith("llm_") else found(name, package)
+
+    monkeypatch.setattr("importlib.util.find_spec", without)
     refused(prune("smollm2", tmp_path / "o", *RATIO), "missing-extra", "model-surgeon[demo]")
 
 
