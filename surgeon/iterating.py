@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.calibrate.data import Windows
-    from surgeon.pipeline import Pruned
+    from surgeon.pruned import Pruned
     from surgeon.recipes.schema import Recipe, ScheduleKeys
 
 HELD = 8

@@ -2,202 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from importlib.metadata import version
+from dataclasses import replace
 from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.axes.axes import Axes
-from surgeon.axes.budget import Budget, Measure, allowed, check_ratio, count, decoder_params
-from surgeon.axes.plan import Plan, Selection, check
-from surgeon.axes.surgery import operate
+from surgeon.axes.budget import Budget, Measure, allowed, check_ratio, decoder_params
+from surgeon.axes.plan import Plan, check
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
 from surgeon.opening import Model, open_model, opening_origin
 from surgeon.planning import Passes, planned
+from surgeon.pruned import Pruned, Report, report_of, versions
 from surgeon.recipes import DEFAULT_RECIPE, load_recipe
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.calibrate.stored import Stored
-    from surgeon.capture.source import Source
-    from surgeon.emit.huggingface import Emission
     from surgeon.recipes.schema import Recipe
     from surgeon.report.verify import Verification
 
-
-@dataclass(frozen=True)
-class Report:
-    """What a prune did, as `surgeon.json` holds it.
-
-    `recipe` tells of each pass: what it is called, its options, seconds, effect and notes.
-    `as_recipe` is what a recipe's file would say, every option spelled out; it gives the same plan.
-    """
-
-    source: Mapping[str, str]
-    recipe: Sequence[Mapping[str, Any]]
-    parameters: Mapping[str, Mapping[str, int]]
-    ratio: Mapping[str, float]
-    axes: Sequence[Mapping[str, Any]]
-    branches: Sequence[str]
-    seconds: Mapping[str, float]
-    versions: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-    target: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    verification: Mapping[str, Any] | None = None
-    as_recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    def to_json(self) -> str:
-        """Returns the report as JSON text."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n"
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A plan together with the model it was made for; the smaller model is made when asked for."""
-
-    origin: Model
-    plan: Plan
-    report: Report
-    rewrites: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
-    target: str = "transformers"
-
-    @property
-    def is_graph(self) -> bool:
-        """Whether the result is a graph rather than a Transformers model."""
-        return self.origin.source is None or self.target != "transformers"
-
-    @property
-    def axes(self) -> Axes:
-        """The axes of the model before."""
-        return self.origin.axes
-
-    @cached_property
-    def program(self) -> Program:
-        """The program after the plan."""
-        return verify_program(operate(self.axes, self.plan))
-
-    @cached_property
-    def selection(self) -> Selection:
-        """The plan's arithmetic on tensors."""
-        return Selection(self.axes, self.plan)
-
-    def full(self, name: str) -> torch.Tensor:
-        """Returns a parameter in full size with rewrites applied, fp32."""
-        found = self.rewrites.get(name)
-        return self.origin.read(name) if found is None else found.float()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Returns a parameter of `program`, fp32."""
-        from surgeon.runtime.apply import removed
-
-        return removed(self.selection, name, self.full(name))
-
-    @cached_property
-    def emission(self) -> Emission:
-        """How the result is written for Transformers.
-
-        Raises:
-            SurgeonError: `target-refused` where no class can express it.
-        """
-        from surgeon.emit.huggingface import choose
-
-        source = self._source()
-        return choose(self.axes, self.plan, source.config, source.model_class, self.origin.fixed)
-
-    def _source(self) -> Source:
-        if self.origin.source is None:
-            raise SurgeonError(
-                Code.TARGET_REFUSED,
-                "this result is no Transformers model",
-                at=self.origin.id,
-                why="it was captured from a module or an exported program",
-                try_="use `.model` or `.save(path)`, which writes a .pt2 file",
-            )
-        return self.origin.source
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The smaller model: of Transformers if that is the target, otherwise a `GraphModule`."""
-        if self.is_graph:
-            from surgeon.runtime.lower import lower
-
-            # What is whole may be the source's own memory, which the result must not share.
-            return lower(self.program, lambda name: self.tensor(name).clone())
-        from surgeon.emit.in_memory import in_memory
-
-        return in_memory(self.emission, self.selection, self.full, self.origin.dtype)
-
-    @cached_property
-    def masked(self) -> nn.Module:
-        """The original in full shape with zeros where channels go and dropped branches bypassed."""
-        from surgeon.report.verify import reference
-
-        return reference(self.axes, self.plan, self.full)
-
-    def verify(self, tokenizer: Any = None) -> Verification:
-        """Returns how the smaller model compares with the masked one.
-
-        Raises:
-            SurgeonError: `verify-failed` where they differ.
-        """
-        import torch
-
-        from surgeon.report import verify as v
-        from surgeon.runtime.logits import positions_of
-
-        masked_model = self.masked
-        if self.is_graph:
-            return v.check_program(self.program, self.model, masked_model, self.axes, self.plan)
-        from surgeon.emit.in_memory import in_memory
-
-        wide = in_memory(self.emission, self.selection, self.full, lambda _: torch.float32)
-        source = self._source()
-        vocab, positions = _vocabulary(source.config), positions_of(source)
-        inputs = v.probes(vocab, tokenizer, positions=positions)
-        forward = v.transformers_forward(wide)
-        found = v.check(forward, masked_model, inputs, self.axes, self.plan)
-        if any(self.origin.dtype(n) != torch.float32 for n in self.emission.names):
-            stored = in_memory(self.emission, self.selection, self.full, self.origin.dtype)
-            rounded = v.transformers_forward(stored.float())
-            cast = max(d.largest for d in v.differences(rounded, forward, inputs))
-            found = replace(found, cast=cast)
-        return found
-
-    def save(self, path: str | Path, *, overwrite: bool = False, verify: bool = True) -> Report:
-        """Writes the checkpoint, the plan and the report; nothing is there until all of it is.
-
-        Args:
-            path: a folder that doesn't exist yet, or is empty.
-            overwrite: replace an earlier result.
-            verify: compare with the masked reference first, and read back what was written.
-
-        Raises:
-            SurgeonError: `bad-output`, `disk-full`, `target-refused` or `verify-failed`.
-        """
-        from surgeon.saving import save
-
-        return save(self, Path(path), overwrite=overwrite, verify=verify)
-
-
-def _vocabulary(config: Any) -> int:
-    return int(config.vocab_size)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
-    names = ("model-surgeon", "torch", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+__all__ = [
+    "Model",
+    "Pruned",
+    "Report",
+    "capture",
+    "open_model",
+    "prune",
+    "run",
+    "verify",
+    "versions",
+]
 
 
 def prune(
@@ -358,7 +196,7 @@ def run(
     def result(plan: Plan, tensors: Mapping[str, Any], entries: Any, notes: Any) -> Pruned:
         seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
         made = _result(origin, plan, tensors, recipe.target)
-        report = _report(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
+        report = report_of(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
         return replace(made, report=replace(report, as_recipe=spelled))
 
     if recipe.schedule is not None:
@@ -390,7 +228,7 @@ def _replayed(
     entries = [{"pass": "replay", "options": {"source": dict(plan.source)}}]
     result = _result(origin, plan, rewrites or {}, target)
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
-    report = _report(origin, result.plan, entries, (), None, seconds)
+    report = report_of(origin, result.plan, entries, (), None, seconds)
     return _finished(replace(result, report=report), verify)
 
 
@@ -531,45 +369,6 @@ def multiples_of(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
     from surgeon.emit.huggingface import multiple_of
 
     return lambda: multiple_of(origin.axes, source.config, source.model_class)
-
-
-def _report(
-    origin: Model,
-    plan: Plan,
-    recipe: Sequence[Mapping[str, Any]],
-    notes: Sequence[str],
-    ratio: float | None,
-    seconds: Mapping[str, float],
-) -> Report:
-    after = operate(origin.axes, plan)
-    decoder = decoder_params(origin.axes)
-    every = [p.name for p in origin.program.params if p.kind == "parameter"]
-    parameters = {
-        label: {"before": count(origin.program, names), "after": count(after, names)}
-        for label, names in (("decoder", decoder), ("total", every))
-    }
-    selection = Selection(origin.axes, plan)
-    gone = 1 - parameters["decoder"]["after"] / max(1, parameters["decoder"]["before"])
-    sizes = [
-        {
-            "name": a.name,
-            "role": a.role,
-            "before": a.size,
-            "after": selection.size(origin.axes.number[a.name]),
-        }
-        for a in origin.axes.axes
-    ]
-    return Report(
-        {"id": origin.id, **dict(plan.source)},
-        tuple(recipe),
-        parameters,
-        {"removed": gone, **({"asked": ratio} if ratio is not None else {})},
-        sizes,
-        plan.branches,
-        seconds,
-        versions(),
-        tuple(notes),
-    )
 
 
 def _same_source(origin: Model, plan: Plan) -> None:

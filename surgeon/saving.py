@@ -23,7 +23,7 @@ from surgeon.report.page import report_page
 from surgeon.runtime.logits import positions_of
 
 if TYPE_CHECKING:
-    from surgeon.pipeline import Pruned, Report
+    from surgeon.pruned import Pruned, Report
 
 PLAN_FILE = "plan.json"
 REWRITES_FILE = "plan.safetensors"

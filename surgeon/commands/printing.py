@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgeon.pipeline import Report
+    from surgeon.pruned import Report
 
 
 def print_report(report: Report, out: Path | None) -> None:

@@ -14,7 +14,7 @@ from surgeon.commands.arguments import JsonOption, ModelArg, RemoteOption
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
-    from surgeon.pipeline import Pruned
+    from surgeon.pruned import Pruned
     from surgeon.recipes.schema import Recipe
 
 OutOption = Annotated[

@@ -1,0 +1,242 @@
+"""A plan with its model: the smaller model, made when it is asked for, and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.budget import count, decoder_params
+from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.surgery import operate
+from surgeon.errors import Code, SurgeonError
+from surgeon.ir.program import Program
+from surgeon.ir.verify import verify as verify_program
+from surgeon.opening import Model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from surgeon.capture.source import Source
+    from surgeon.emit.huggingface import Emission
+    from surgeon.report.verify import Verification
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a prune did, as `surgeon.json` holds it.
+
+    `recipe` tells of each pass: what it is called, its options, seconds, effect and notes.
+    `as_recipe` is what a recipe's file would say, every option spelled out; it gives the same plan.
+    """
+
+    source: Mapping[str, str]
+    recipe: Sequence[Mapping[str, Any]]
+    parameters: Mapping[str, Mapping[str, int]]
+    ratio: Mapping[str, float]
+    axes: Sequence[Mapping[str, Any]]
+    branches: Sequence[str]
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    target: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    verification: Mapping[str, Any] | None = None
+    as_recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def to_json(self) -> str:
+        """Returns the report as JSON text."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A plan together with the model it was made for; the smaller model is made when asked for."""
+
+    origin: Model
+    plan: Plan
+    report: Report
+    rewrites: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
+    target: str = "transformers"
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the result is a graph rather than a Transformers model."""
+        return self.origin.source is None or self.target != "transformers"
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of the model before."""
+        return self.origin.axes
+
+    @cached_property
+    def program(self) -> Program:
+        """The program after the plan."""
+        return verify_program(operate(self.axes, self.plan))
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The plan's arithmetic on tensors."""
+        return Selection(self.axes, self.plan)
+
+    def full(self, name: str) -> torch.Tensor:
+        """Returns a parameter in full size with rewrites applied, fp32."""
+        found = self.rewrites.get(name)
+        return self.origin.read(name) if found is None else found.float()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Returns a parameter of `program`, fp32."""
+        from surgeon.runtime.apply import removed
+
+        return removed(self.selection, name, self.full(name))
+
+    @cached_property
+    def emission(self) -> Emission:
+        """How the result is written for Transformers.
+
+        Raises:
+            SurgeonError: `target-refused` where no class can express it.
+        """
+        from surgeon.emit.huggingface import choose
+
+        source = self._source()
+        return choose(self.axes, self.plan, source.config, source.model_class, self.origin.fixed)
+
+    def _source(self) -> Source:
+        if self.origin.source is None:
+            raise SurgeonError(
+                Code.TARGET_REFUSED,
+                "this result is no Transformers model",
+                at=self.origin.id,
+                why="it was captured from a module or an exported program",
+                try_="use `.model` or `.save(path)`, which writes a .pt2 file",
+            )
+        return self.origin.source
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The smaller model: of Transformers if that is the target, otherwise a `GraphModule`."""
+        if self.is_graph:
+            from surgeon.runtime.lower import lower
+
+            # What is whole may be the source's own memory, which the result must not share.
+            return lower(self.program, lambda name: self.tensor(name).clone())
+        from surgeon.emit.in_memory import in_memory
+
+        return in_memory(self.emission, self.selection, self.full, self.origin.dtype)
+
+    @cached_property
+    def masked(self) -> nn.Module:
+        """The original in full shape with zeros where channels go and dropped branches bypassed."""
+        from surgeon.report.verify import reference
+
+        return reference(self.axes, self.plan, self.full)
+
+    def verify(self, tokenizer: Any = None) -> Verification:
+        """Returns how the smaller model compares with the masked one.
+
+        Raises:
+            SurgeonError: `verify-failed` where they differ.
+        """
+        import torch
+
+        from surgeon.report import verify as v
+        from surgeon.runtime.logits import positions_of
+
+        masked_model = self.masked
+        if self.is_graph:
+            return v.check_program(self.program, self.model, masked_model, self.axes, self.plan)
+        from surgeon.emit.in_memory import in_memory
+
+        wide = in_memory(self.emission, self.selection, self.full, lambda _: torch.float32)
+        source = self._source()
+        vocab, positions = _vocabulary(source.config), positions_of(source)
+        inputs = v.probes(vocab, tokenizer, positions=positions)
+        forward = v.transformers_forward(wide)
+        found = v.check(forward, masked_model, inputs, self.axes, self.plan)
+        if any(self.origin.dtype(n) != torch.float32 for n in self.emission.names):
+            stored = in_memory(self.emission, self.selection, self.full, self.origin.dtype)
+            rounded = v.transformers_forward(stored.float())
+            cast = max(d.largest for d in v.differences(rounded, forward, inputs))
+            found = replace(found, cast=cast)
+        return found
+
+    def save(self, path: str | Path, *, overwrite: bool = False, verify: bool = True) -> Report:
+        """Writes the checkpoint, the plan and the report; nothing is there until all of it is.
+
+        Args:
+            path: a folder that doesn't exist yet, or is empty.
+            overwrite: replace an earlier result.
+            verify: compare with the masked reference first, and read back what was written.
+
+        Raises:
+            SurgeonError: `bad-output`, `disk-full`, `target-refused` or `verify-failed`.
+        """
+        from surgeon.saving import save
+
+        return save(self, Path(path), overwrite=overwrite, verify=verify)
+
+
+def _vocabulary(config: Any) -> int:
+    return int(config.vocab_size)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    names = ("model-surgeon", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def report_of(
+    origin: Model,
+    plan: Plan,
+    recipe: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    ratio: float | None,
+    seconds: Mapping[str, float],
+) -> Report:
+    """Returns what a prune did.
+
+    Args:
+        origin: the model.
+        plan: what is removed of it.
+        recipe: the record of its passes.
+        notes: what there is to say to the user.
+        ratio: what was asked for.
+        seconds: by what they were spent on.
+    """
+    after = operate(origin.axes, plan)
+    decoder = decoder_params(origin.axes)
+    every = [p.name for p in origin.program.params if p.kind == "parameter"]
+    parameters = {
+        label: {"before": count(origin.program, names), "after": count(after, names)}
+        for label, names in (("decoder", decoder), ("total", every))
+    }
+    selection = Selection(origin.axes, plan)
+    gone = 1 - parameters["decoder"]["after"] / max(1, parameters["decoder"]["before"])
+    sizes = [
+        {
+            "name": a.name,
+            "role": a.role,
+            "before": a.size,
+            "after": selection.size(origin.axes.number[a.name]),
+        }
+        for a in origin.axes.axes
+    ]
+    return Report(
+        {"id": origin.id, **dict(plan.source)},
+        tuple(recipe),
+        parameters,
+        {"removed": gone, **({"asked": ratio} if ratio is not None else {})},
+        sizes,
+        plan.branches,
+        seconds,
+        versions(),
+        tuple(notes),
+    )
