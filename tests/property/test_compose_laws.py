@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,23 @@ def test_a_plan_of_nothing_changes_nothing(axes: Axes, data: st.DataObject) -> N
     for composed in (compose(axes, plan, Plan()), compose(axes, Plan(), plan)):
         assert {c.axis: c for c in composed.cuts} == {c.axis: c for c in plan.cuts}
         assert composed.branches == plan.branches
+
+
+def test_where_an_axis_around_it_was_cut_by_group_the_groups_tell_its_rows_apart() -> None:
+    # No captured model has three axes within one another: told of sizes and names alone.
+    nested = {
+        "a": SimpleNamespace(name="a", size=3, outer=()),
+        "b": SimpleNamespace(name="b", size=4, outer=("a",)),
+        "c": SimpleNamespace(name="c", size=5, outer=("a", "b")),
+    }
+    axes: Any = SimpleNamespace(by_name=nested)
+    first = Plan((Cut("b", 4, ((0, 3), (1, 2), (2, 3)), ("a",)),))
+    second = Plan((Cut("c", 5, ((0, 1), (3, 4)), ("b",)),))
+    found = compose(axes, first, second).by_axis["c"]
+    assert found.outer == ("a", "b") and found.array.shape == (3, 4, 2)
+    for a, kept in enumerate(first.cuts[0].array):
+        for place, b in enumerate(kept):
+            assert found.array[a, b].tolist() == list(second.cuts[0].kept[place])
 
 
 def test_plans_that_do_not_follow_are_refused() -> None:
