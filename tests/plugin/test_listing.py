@@ -91,7 +91,7 @@ def test_one_that_cannot_be_loaded_is_listed_with_the_reason(install: Install) -
 
 
 def test_an_unknown_one_names_the_nearest() -> None:
-    refused(surgeon("passes", "obss"), "no-such-pass", "did you mean obs?")
+    refused(surgeon("passes", "obss"), "no-such-pass", "did you mean obs")
     refused(surgeon("passes", "select/obs"), "no-such-pass")
 
 
