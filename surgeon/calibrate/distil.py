@@ -13,6 +13,7 @@ learnt gains on activations); Kingma and Ba, Adam, 2015.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,14 @@ import torch
 from torch.nn import functional
 
 from surgeon.axes.axes import Axes
-from surgeon.axes.consumers import contractions
+from surgeon.axes.consumers import Contraction, contractions
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.surgery import operate
 from surgeon.calibrate.running import Get, Machine, Running
 from surgeon.calibrate.segments import segments
+from surgeon.calibrate.states import States, by_window, scratch
+from surgeon.calibrate.statistics import forward
+from surgeon.calibrate.taps import Asked, taps
 from surgeon.ir import ParamRef, Program
 from surgeon.ir.program import op_refs
 from surgeon.runtime.apply import removed
@@ -50,21 +54,15 @@ class Schedule:
     windows: int
 
 
-def trained(program: Program) -> tuple[int, ...]:
-    """Returns the indices of the products whose parameter has no other use: those that get gains.
+def trained(program: Program) -> tuple[Contraction, ...]:
+    """Returns the products whose parameter has no other use: those that get gains.
 
     A tied table is read by the embedding too, where a gain of the head has no business.
     """
-    uses: dict[str, int] = {}
-    for op in program.ops:
-        for ref in op_refs(op):
-            if isinstance(ref, ParamRef):
-                uses[ref.name] = uses.get(ref.name, 0) + 1
-    head = set(program.outputs)
+    refs = (ref for op in program.ops for ref in op_refs(op))
+    uses = Counter(ref.name for ref in refs if isinstance(ref, ParamRef))
     return tuple(
-        program.producer[c.out]
-        for c in contractions(program)
-        if uses[c.param] == 1 and c.out not in head
+        c for c in contractions(program) if uses[c.param] == 1 and c.out not in program.outputs
     )
 
 
@@ -77,10 +75,8 @@ def distilled(
     ids: torch.Tensor,
     schedule: Schedule,
     machine: Machine,
-    *,
-    told: Callable[[int, int, float], None] = lambda step, steps, loss: None,
-) -> dict[str, torch.Tensor]:
-    """Returns parameters in full size, with gains in their rows and columns.
+) -> tuple[dict[str, torch.Tensor], tuple[float, ...]]:
+    """Returns parameters in full size, with gains in their rows and columns; and how it went.
 
     The smaller model runs as one program, a window at a time, with gradients at the gains alone.
 
@@ -93,7 +89,9 @@ def distilled(
         ids: this process's token ids [samples, length].
         schedule: steps, their size and number.
         machine: the processes and the device.
-        told: hears of every step: its number, how many there are, and the divergence in nats.
+
+    Returns:
+        The tensors, and the divergence from the dense model at every step, in nats.
     """
     program, selection = operate(axes, plan), Selection(axes, plan)
     world = machine.world
@@ -105,12 +103,11 @@ def distilled(
     adam = torch.optim.Adam(every, lr=schedule.rate, betas=(0.9, 0.98))
     each = max(1, round(schedule.windows / world.size))
     steps = max(1, round(schedule.epochs * world.count(len(ids)) / (each * world.size)))
-    order = torch.arange(len(ids))
+    divergences: list[float] = []
     for step in range(steps):
         adam.param_groups[0]["lr"] = schedule.rate * _share(step, steps)
-        picked = order[torch.arange(step * each, (step + 1) * each) % len(ids)]
         total = torch.zeros(1)
-        for row in picked.tolist():
+        for row in (number % len(ids) for number in range(step * each, (step + 1) * each)):
             batch = ids[row : row + 1].to(world.device)
             with torch.no_grad():
                 (wanted,) = head(batch, streams[row][None])
@@ -123,25 +120,21 @@ def distilled(
                 g.grad /= world.size
         adam.step()
         adam.zero_grad()
-        told(step, steps, float(total) / world.size)
-    return _folded(program, selection, now, gains)
+        divergences.append(float(total) / world.size)
+    return _folded(program, selection, now, gains), tuple(divergences)
 
 
 def streams_of(
     program: Program, get: Get, ids: torch.Tensor, machine: Machine
 ) -> list[torch.Tensor]:
     """Returns what a program's last piece is given, [length, width] by window."""
-    *pieces, last = segments(program)
-    assert last.given is not None, "a language model's head reads what its layers made"
-    held: list[torch.Tensor | None] = [None] * len(machine.batches(ids))
-    for piece in pieces:
-        running = Running(piece, get, machine.world.device)
-        for i, batch in enumerate(machine.batches(ids)):
-            with torch.no_grad():
-                (found,) = running(batch, held[i])
-            running.check(batch, held[i], (found,))
-            held[i] = found.cpu()
-    return [row for batch in held if batch is not None for row in batch]
+    pieces = segments(program)
+    assert pieces[-1].given is not None, "a language model's head reads what its layers made"
+    with scratch(machine.offload) as folder:
+        states = States(len(machine.batches(ids)), folder)
+        for piece, tap in zip(pieces, taps(pieces, Asked()), strict=True):
+            forward(piece, get, ids, states, states, tap, machine)
+        return by_window(states)
 
 
 def _share(step: int, steps: int) -> float:
@@ -165,15 +158,14 @@ def _gains(
     """Returns gains of one, and the products that they take part in, by operation."""
     gains: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     change: dict[int, Callable[..., Any]] = {}
-    by_op = {program.producer[c.out]: c for c in contractions(program)}
-    for index in trained(program):
-        c = by_op[index]
+    for c in trained(program):
         if not selection.separable(c.param):
             continue  # its rows lose other columns than their neighbours: there is no one factor
         shape = [int(s) for s in program.param[c.param].type.shape]
         reads, makes = shape[c.dim], shape[1 - c.dim]
         pair = tuple(torch.ones(n, device=device, requires_grad=True) for n in (reads, makes))
         gains[c.param] = (pair[0], pair[1])
+        index = program.producer[c.out]
         change[index] = _with_gains(program.ops[index].target, pair[0], pair[1])
     return gains, change
 

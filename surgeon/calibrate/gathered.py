@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Gathered:
         self.ids = self.machine.world.share(every)
         self.loss_ids = self.machine.world.share(every[:loss_windows])
         self.gradient_ids = self.machine.world.share(every[:gradient_windows])
+        self._gradient_tokens = every[:gradient_windows].numel()
         self.notes = [] if notes is None else notes
         self.dense: Mapping[str, torch.Tensor] = {}
         self.pruned: Mapping[str, torch.Tensor] = {}
@@ -105,8 +107,7 @@ class Gathered:
             dense: replace them in the dense model too, as an exact change of basis does: what is
                 known of it is then gathered anew. Without it they hold in the pruned model alone.
         """
-        made = object.__new__(Gathered)
-        made.__dict__.update(self.__dict__)
+        made = copy(self)
         made.pruned = {**self.pruned, **rewrites}
         if dense and rewrites:
             made.dense = {**self.dense, **rewrites}
@@ -244,8 +245,7 @@ class Gathered:
         if not self._known.streams:
             self._known.streams = streams_of(program, self.read, ids, self.machine)
         now = rewritten(self.get, self.pruned)
-        steps: list[float] = []
-        found = distilled(
+        return distilled(
             self.axes,
             plan,
             self.read,
@@ -254,9 +254,7 @@ class Gathered:
             ids,
             Schedule(rate, epochs, windows),
             self.machine,
-            told=lambda _step, _steps, loss: steps.append(loss),
         )
-        return found, tuple(steps)
 
     # --- how it is gathered ----------------------------------------------------------------------
 
@@ -320,7 +318,7 @@ class Gathered:
 
     def _forward(self, asked: Asked) -> None:
         asked = self._also(asked)
-        self._check_enough(asked.second)
+        self._check_enough(asked.second, self.windows.ids.size)
         for _, seen in walk(self.axes.program, self.read, self.ids, asked, self.machine):
             self._keep(asked, seen.moments, seen.similarity)
 
@@ -328,7 +326,7 @@ class Gathered:
         self, params: Sequence[str], outputs: Sequence[str], asked: Asked | None = None
     ) -> None:
         asked = self._also(asked or Asked())
-        self._check_enough(asked.second)
+        self._check_enough(asked.second, self._gradient_tokens)
         found = there_and_back(
             self.axes.program,
             self.read,
@@ -386,9 +384,8 @@ class Gathered:
     def _width(self, value: str) -> int:
         return int(self.axes.program.types[value].shape[-1])
 
-    def _check_enough(self, values: Iterable[str]) -> None:
-        """Notes second moments that have more dimensions than the data has tokens."""
-        tokens = self.windows.ids.size
+    def _check_enough(self, values: Iterable[str], tokens: int) -> None:
+        """Notes second moments that have more dimensions than there are tokens in their walk."""
         widest = max((self._width(v) for v in values), default=0)
         note = (
             f"calibration: {tokens:,} tokens are too few for second moments of {widest:,} channels,"

@@ -11,7 +11,7 @@ from surgeon.axes.branches import ADD
 from surgeon.axes.consumers import Contraction, contractions
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
-from surgeon.calibrate.states import States, scratch
+from surgeon.calibrate.states import States, by_window, scratch
 from surgeon.ir import Program, Ref
 
 
@@ -144,7 +144,7 @@ def sequential(
         dense, small = States(len(batches), folder), States(len(batches), folder)
         for piece in segments(program):
             if piece.given is not None and piece.passed is None and streams is not None:
-                streams.extend(row.clone() for i in range(len(batches)) for row in _held(dense[i]))
+                streams.extend(by_window(dense))
             # Nothing after the last one is asked for. What has no map costs next to nothing, and
             # leads to what the head is given; the head itself is the dearest piece.
             if wanted <= found.keys() and contractions(piece.program):
@@ -207,11 +207,6 @@ def sequential(
                 three.check(batch, small[i], result)
                 small[i] = result[0]
     return found
-
-
-def _held(state: torch.Tensor | None) -> torch.Tensor:
-    assert state is not None, "a piece has passed it on"
-    return state
 
 
 def batches_tokens(batches: Sequence[torch.Tensor]) -> int:

@@ -29,6 +29,9 @@ class States:
         self._held: list[torch.Tensor | None] = [None] * count
         self._folder, self._number = folder, next(_NUMBERS)
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def __getitem__(self, batch: int) -> torch.Tensor | None:
         return self._held[batch]
 
@@ -48,6 +51,12 @@ class States:
         if self._folder is not None:
             for path in self._folder.glob(f"{self._number}-*"):
                 path.unlink()
+
+
+def by_window(states: States) -> list[torch.Tensor]:
+    """Returns what is kept, by window, in memory of its own."""
+    held = (states[batch] for batch in range(len(states)))
+    return [row.clone() for state in held if state is not None for row in state]
 
 
 def _mapped(path: Path, like: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -14,14 +14,13 @@ import surgeon
 from passes.compensate.least_squares import LeastSquares
 from passes.score.obs import OptimalBrainSurgeon
 from surgeon.axes.consumers import consumers
-from surgeon.axes.plan import Plan, Selection, cut
+from surgeon.axes.plan import Plan, cut
 from surgeon.calibrate.data import Piece, Recipe, Windows
 from surgeon.calibrate.gathered import Gathered
 from surgeon.opening import Model, open_model
 from surgeon.plugin import Context
-from surgeon.runtime.apply import masked
-from surgeon.runtime.lower import lower
 from tests import models
+from tests.masking import masked_logits
 
 pytestmark = pytest.mark.slow
 
@@ -140,17 +139,6 @@ def _asked(context: Context, names: Sequence[str]) -> Context:
 # --- least squares -------------------------------------------------------------------------------
 
 
-def outputs(origin: Model, change: Mapping[str, torch.Tensor], plan: Plan, ids: Any) -> Any:
-    selection = Selection(origin.axes, plan)
-
-    def read(name: str) -> torch.Tensor:
-        return masked(selection, name, change.get(name, origin.read(name)))
-
-    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    with torch.no_grad():
-        return lower(origin.program, read)(ids, torch.ones_like(ids), positions)
-
-
 def test_nothing_removed_changes_nothing(context: Context, llama: Model) -> None:
     plan = Plan((cut(llama.axes.get("model.layers.0.mlp/ffn"), range(80)),))
     found = LeastSquares().compensate(context, plan)
@@ -163,9 +151,9 @@ def test_it_brings_the_logits_nearer(context: Context, llama: Model, ids: torch.
     plan = Plan(tuple(cuts))
     found = LeastSquares().compensate(context, plan)
     assert len(found) == len(cuts)
-    dense = outputs(llama, {}, Plan(), ids)
-    without = float((outputs(llama, {}, plan, ids) - dense).square().mean())
-    mended = float((outputs(llama, found, plan, ids) - dense).square().mean())
+    dense = masked_logits(llama, {}, Plan(), ids)
+    without = float((masked_logits(llama, {}, plan, ids) - dense).square().mean())
+    mended = float((masked_logits(llama, found, plan, ids) - dense).square().mean())
     assert mended < 0.7 * without
 
 

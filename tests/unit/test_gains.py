@@ -24,6 +24,7 @@ from surgeon.plugin import Context
 from surgeon.runtime.apply import masked
 from surgeon.runtime.lower import lower
 from tests import models
+from tests.masking import masked_logits
 
 pytestmark = pytest.mark.slow
 
@@ -56,19 +57,9 @@ def halved(llama: Model) -> Plan:
     return Plan(tuple(cut(a, range(0, 80, 2)) for a in llama.axes.of_role("ffn")))
 
 
-def logits(origin: Model, change: Any, plan: Plan, ids: torch.Tensor) -> torch.Tensor:
-    selection = Selection(origin.axes, plan)
-    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    with torch.no_grad():
-        module = lower(
-            origin.program, lambda n: masked(selection, n, change.get(n, origin.read(n)))
-        )
-        return module(ids, torch.ones_like(ids), positions)
-
-
 def divergence(origin: Model, change: Any, plan: Plan, ids: torch.Tensor) -> float:
-    wanted = logits(origin, {}, Plan(), ids).flatten(0, 1).log_softmax(-1)
-    found = logits(origin, change, plan, ids).flatten(0, 1).log_softmax(-1)
+    wanted = masked_logits(origin, {}, Plan(), ids).flatten(0, 1).log_softmax(-1)
+    found = masked_logits(origin, change, plan, ids).flatten(0, 1).log_softmax(-1)
     return float(torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
 
 
@@ -117,7 +108,7 @@ def test_nothing_removed_leaves_nothing_to_learn(
 
 def test_a_tied_table_gets_none() -> None:
     tied = open_model(models.tiny("Gemma2", tie_word_embeddings=True))
-    names = {tied.program.ops[i].arg(1).name for i in trained(tied.program)}  # pyright: ignore
+    names = {c.param for c in trained(tied.program)}
     assert names and not any("embed" in name or "head" in name for name in names)
 
 
@@ -138,7 +129,7 @@ def test_streams_are_what_the_head_reads(llama: Model, ids: torch.Tensor, data: 
     for row, stream in zip(ids, streams, strict=True):
         with torch.no_grad():
             found = head(row[None], torch.ones_like(row[None]), positions, stream[None])
-        torch.testing.assert_close(found, logits(llama, {}, Plan(), row[None]))
+        torch.testing.assert_close(found, masked_logits(llama, {}, Plan(), row[None]))
 
 
 def test_sequential_calibration_leaves_the_streams_that_gains_need(
@@ -215,7 +206,7 @@ def test_the_stream_as_target_ends_nearer_to_the_dense_stream(
 
     def gap(towards: Any) -> float:
         found = LeastSquares(ridge=0.01, towards=towards).compensate(context, halved)
-        dense, small = (logits(llama, c, p, ids) for c, p in (({}, Plan()), (found, halved)))
+        dense, small = (masked_logits(llama, c, p, ids) for c, p in (({}, Plan()), (found, halved)))
         return float((dense - small).square().mean())
 
     assert gap("stream") < gap("branch")
