@@ -51,12 +51,15 @@ class Driven(Calibration, Protocol):
     gather all of it.
     """
 
-    def with_rewrites(self, rewrites: Mapping[str, Any], *, dense: bool) -> Driven:
+    def with_rewrites(
+        self, rewrites: Mapping[str, Any], *, dense: bool, exact: bool = False
+    ) -> Driven:
         """Returns the same data on a model in which some tensors are replaced.
 
         Args:
             rewrites: full-size tensors by parameter.
             dense: replace them in the dense model too, not in the pruned one alone.
+            exact: the dense model computes what it did.
         """
         ...
 
@@ -171,11 +174,12 @@ def planned(
     later = (passes.score, passes.select, *passes.compensate)
     changed: dict[str, Any] = {}
     for step in passes.transform:
-        context = run.context(changed, data, (step,))
+        # What is known of most values outlasts an exact change: one walk serves the later passes.
+        context = run.context(changed, data, (step, *(later if step.made.exact else ())))
         made = run.rewriting(step, lambda c=context, p=step: p.made.transform(c), context)
         changed.update(made)
         if data is not None and made:
-            data = data.with_rewrites(made, dense=True)
+            data = data.with_rewrites(made, dense=True, exact=step.made.exact)
     context = run.context(changed, data, later)
     plan = run.select(context, passes)
     mended: dict[str, Any] = {}

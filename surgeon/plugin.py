@@ -125,6 +125,10 @@ class Calibration(Protocol):
         """Returns the mean negative log-likelihood of the data's tokens under a plan."""
         ...
 
+    def divergences(self, trials: Iterable[tuple[Plan, Callable[[str], Any]]]) -> tuple[Any, ...]:
+        """Returns how far the dense model's predictions move under each of several plans."""
+        ...
+
     def distilled(
         self, plan: Plan, *, rate: float, epochs: float, windows: int
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
@@ -132,7 +136,12 @@ class Calibration(Protocol):
         ...
 
     def sequential(
-        self, plan: Plan, params: Sequence[str], solve: Callable[[str, Any], Any]
+        self,
+        plan: Plan,
+        params: Sequence[str],
+        solve: Callable[[str, Any], Any],
+        *,
+        cross: bool = True,
     ) -> Mapping[str, Any]:
         """Returns the parameters solved for, in the program's order."""
         ...
@@ -213,15 +222,29 @@ class Context:
         """
         return self.data.loss(plan, rewrites)
 
+    def divergences(self, trials: Iterable[tuple[Plan, Callable[[str], Any]]]) -> tuple[Any, ...]:
+        """Returns for each of several plans the `Divergence` of predictions from the dense model's.
+
+        For passes that need `loss: divergence`. With each plan comes what gives, by name, the
+        full-size tensor that replaces a parameter before it is masked, or None.
+        """
+        return self.data.divergences(trials)
+
     def sequential(
-        self, plan: Plan, params: Iterable[str], solve: Callable[[str, Any], Any]
+        self,
+        plan: Plan,
+        params: Iterable[str],
+        solve: Callable[[str, Any], Any],
+        *,
+        cross: bool = True,
     ) -> Mapping[str, Any]:
         """Returns what `solve` makes of each parameter and its `Pair` of inputs, in program order.
 
         For passes that need `activations: sequential`. A `Pair` holds what the parameter's input
         is in the dense model and in the pruned one, whose earlier parameters are replaced already.
+        Without `cross` it lacks the products of both where `wanted` says what is to be made.
         """
-        return self.data.sequential(plan, tuple(params), solve)
+        return self.data.sequential(plan, tuple(params), solve, cross=cross)
 
     def distilled(
         self, plan: Plan, *, rate: float, epochs: float, windows: int
@@ -306,6 +329,9 @@ class CompensatePass(Pass):
 
 class TransformPass(Pass):
     """Changes the weights without removing an index by itself."""
+
+    exact: ClassVar[bool] = False
+    """Whether the model computes what it did, as after a change of basis."""
 
     @abstractmethod
     def transform(self, context: Context) -> Mapping[str, Any]:

@@ -79,5 +79,7 @@ class Drawn:
     def loss(self, plan: Any, rewrites: Any = None) -> float:
         raise AssertionError("nothing here has a loss")
 
-    def sequential(self, plan: Any, params: Any, solve: Any) -> Mapping[str, Any]:
+    def sequential(
+        self, plan: Any, params: Any, solve: Any, *, cross: bool = True
+    ) -> Mapping[str, Any]:
         raise AssertionError("nothing here runs layer after layer")

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from passes._refit import RIDGE, refitted
 from surgeon.plugin import CompensatePass, Context, Plan, Selection, consumers
 
 
@@ -29,9 +30,8 @@ class LeastSquares(CompensatePass):
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "activations: sequential"})
 
-    ridge: float = 0.2
-    """Pull towards the old weights, as a share of the inputs' mean square. Some ten thousand tokens
-    don't determine a matrix: on windows not solved for, errors are least at 0.1 to 0.3."""
+    ridge: float = RIDGE
+    """Pull towards the old weights, as a share of the inputs' mean square."""
 
     towards: Literal["stream", "branch"] = "stream"
     """What a map whose outputs are added to the residual stream is solved for: that the stream
@@ -56,14 +56,9 @@ class LeastSquares(CompensatePass):
             weight = weight if pair.dim == 1 else weight.T
             indices = selection.kept(param)[pair.dim]
             kept = torch.arange(weight.shape[1]) if indices is None else torch.from_numpy(indices)
-            second = pair.pruned[kept][:, kept]
-            pull = self.ridge * pair.pruned.diagonal().mean()
-            left = second + pull * torch.eye(len(kept), dtype=torch.float64)
             wanted = pair.wanted if self.towards == "stream" else None
             wanted = weight @ pair.cross if wanted is None else wanted
-            right = wanted[:, kept] + pull * weight[:, kept]
-            out = torch.zeros_like(weight)
-            out[:, kept] = torch.linalg.solve(left, right.T).T
+            out = refitted(weight, pair.pruned, wanted, kept, self.ridge)
             return (out if pair.dim == 1 else out.T).float().contiguous()
 
-        return context.sequential(plan, params, solve)
+        return context.sequential(plan, params, solve, cross=self.towards == "branch")

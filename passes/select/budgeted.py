@@ -10,19 +10,29 @@ Where scores predict the growth of the loss they are used as they are. Others ar
 a role only; `unit: measured` then measures, for every role, by how much the loss grows when that
 role alone is cut, and scales its curves by it.
 
+What a second-order prediction misses differs from layer to layer: `unit: divergence` measures every
+axis by itself, cut at one count, its readers solved for anew, on windows that the statistics have
+not seen; its curve is scaled to how far the predictions move. Where that is due to few tokens
+(rare words, in the first and last layers) other text fares worse than the mean says: the standard
+deviation over tokens is added, times `caution`. SmolLM2-135M, 20 % of the decoder, after least
+squares, growth of the log-perplexity on text of other articles: 0.466 with predictions alone, 0.411
+with measured means, 0.388 with a caution of 0.6.
+
 Reference: Frantar and Alistarh, SPDY, 2022, and Kurtić et al., ZipLM, 2023 (layers' widths by
 dynamic programming on predicted losses); Shen et al., Structural pruning via latency-saliency
-knapsack (HALP), 2022; Sinha and Zoltners, 1979 (the multiple-choice knapsack).
+knapsack (HALP), 2022; Sinha and Zoltners, 1979 (the multiple-choice knapsack); Namkoong and Duchi,
+Variance-based Regularization with Convex Objectives, 2017 (the deviation that is added).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from passes._refit import RIDGE, refitted
 from passes.select._curves import Curve, Grid, Maker, owned, silencing
 from passes.select._knapsack import Points, choose
 from passes.select._shared import (
@@ -35,7 +45,18 @@ from passes.select._shared import (
     open_axes,
     plan_of,
 )
-from surgeon.plugin import Axis, Budget, Code, Context, GetScores, Meter, Plan, SelectPass
+from surgeon.plugin import (
+    Axis,
+    Budget,
+    Code,
+    Context,
+    GetScores,
+    Meter,
+    Plan,
+    Selection,
+    SelectPass,
+    consumers,
+)
 from surgeon.plugin import SurgeonError as Refusal
 
 
@@ -53,12 +74,15 @@ class Budgeted(SelectPass):
     max_share: Mapping[str, float] = field(default_factory=_most)
     """By role, the largest share of an axis's indices that may go, beside the budget's limits."""
 
-    unit: Literal["score", "measured"] = "score"
+    unit: Literal["score", "measured", "divergence"] = "score"
     """Compare roles by the scores as they are, or scaled to the growth of the loss, measured by
-    cutting each role alone."""
+    cutting each role alone; or compare axes, scaled to the divergence of each cut alone."""
 
     reference: float = 0.1
-    """Share of a role's indices that is cut to measure it."""
+    """Share of a role's or an axis's indices that is cut to measure it."""
+
+    caution: float = 0.6
+    """Standard deviations over tokens that are added to a mean divergence."""
 
     depth: Literal["curves", "score", "measured"] = "curves"
     """What a branch loses: what the axis that its last map reads loses with all its indices; its
@@ -82,12 +106,17 @@ class Budgeted(SelectPass):
                 raise ValueError(f"max_share[{role}] is {share}, a share lies between 0 and 1")
         if not 0 < self.reference < 1:
             raise ValueError(f"reference is {self.reference}, a share lies between 0 and 1")
+        if not self.caution >= 0:  # true for NaN as well
+            raise ValueError(f"caution is {self.caution}, it has to be 0 or more")
 
     @property
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Calibration data where a loss is measured."""
         measured = self.unit == "measured" or (self.depth == "measured" and LAYERS in self.roles)
-        return frozenset({"loss"}) if measured else frozenset()
+        found = frozenset({"loss"}) if measured else frozenset[str]()
+        if self.unit == "divergence":
+            found |= {"loss: divergence", "activations: second moment"}
+        return found
 
     def select(self, context: Context, scores: GetScores, budget: Budget) -> Plan:
         """Returns the plan of least predicted loss that meets the budget.
@@ -256,6 +285,8 @@ class _Search:
                     "meant to be compared within a role: see the option unit"
                 )
             return curves
+        if self.options.unit == "divergence":
+            return self._diverged(curves)
         base = self.context.loss(Plan())
         factors = {role: self._factor(role, curves, base) for role in roles}
         said = ", ".join(f"{role} {factor:.3g}" for role, factor in factors.items())
@@ -266,10 +297,7 @@ class _Search:
         """Returns the measured growth of the loss over the predicted, of one role cut alone."""
         kept: dict[str, int] = {}
         for axis in (a for a in self.axes if a.role == role):
-            gone = max(1, round(self.options.reference * axis.size))
-            kept[axis.name] = nearest(
-                axis, axis.size - gone, curves[axis.name].kept, self.budget.multiple(axis)
-            )
+            kept[axis.name] = self._reference(axis, curves[axis.name])
         cut = {name: count for name, count in kept.items() if count < curves[name].axis.size}
         predicted = sum(curves[name].at(count) for name, count in cut.items())
         if not cut or predicted <= 0:
@@ -277,6 +305,48 @@ class _Search:
         grown = self.context.loss(plan_of(self.context, self.scores, cut)) - base
         # What costs nothing to cut a little is still not free.
         return max(grown, 1e-6 * base) / predicted
+
+    def _reference(self, axis: Axis, curve: Curve) -> int:
+        """Returns the count at which an axis is measured."""
+        gone = max(1, round(self.options.reference * axis.size))
+        return nearest(axis, axis.size - gone, curve.kept, self.budget.multiple(axis))
+
+    def _diverged(self, curves: dict[str, Curve]) -> dict[str, Curve]:
+        """Returns the curves scaled to the divergence of each axis that is cut alone."""
+        counts = {axis.name: self._reference(axis, curves[axis.name]) for axis in self.axes}
+        counts = {n: k for n, k in counts.items() if curves[n].at(k) > 0}
+        plans = [plan_of(self.context, self.scores, {n: k}) for n, k in counts.items()]
+        found = self.context.divergences((p, self._refitted(p)) for p in plans)
+        factors: dict[str, float] = {}
+        for (name, count), each in zip(counts.items(), found, strict=True):
+            lost = each.mean + self.options.caution * each.deviation
+            # What costs nothing to cut a little is still not free.
+            factors[name] = max(lost, 1e-9) / curves[name].at(count)
+        if factors:
+            least, most = min(factors.values()), max(factors.values())
+            self.context.notes.append(
+                f"scores are scaled to the measured divergence by axis: {least:.3g} to {most:.3g}"
+            )
+        return {n: c.scaled(factors.get(n, 1.0)) for n, c in curves.items()}
+
+    def _refitted(self, plan: Plan) -> Callable[[str], Any]:
+        """Returns what gives the readers of a cut axis, solved for anew by themselves."""
+        axes, selection = self.context.axes, Selection(self.context.axes, plan)
+        found = {c.param: c for cut in plan.cuts for c in consumers(axes, axes.get(cut.axis))}
+
+        def solve(name: str) -> Any:
+            if name not in found:
+                return None
+            dim = found[name].dim
+            weight = self.context.weights(name).double()
+            weight = weight if dim == 1 else weight.T
+            kept = selection.kept(name)[dim]
+            assert kept is not None, "an axis's reader loses what the axis does"
+            second = self.context.moments([name])[name].second.double()
+            out = refitted(weight, second, weight @ second, kept, RIDGE)
+            return out if dim == 1 else out.T
+
+        return solve
 
     # --- branches --------------------------------------------------------------------------------
 
@@ -311,7 +381,7 @@ class _Search:
         own = [curves[name].whole for name in names if name in curves]
         if own:
             return max(own)
-        if not names or self.options.unit == "measured":
+        if not names or self.options.unit != "score":
             why = "no single map ends it, whose inputs could all go"
             raise Refusal(
                 Code.BAD_OPTION,

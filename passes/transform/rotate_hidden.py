@@ -27,6 +27,7 @@ class RotateHidden(TransformPass):
     """One rotation of the residual width, where every use of it allows one."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "activations: second moment"})
+    exact: ClassVar[bool] = True
 
     def transform(self, context: Context) -> Mapping[str, Any]:
         """Returns every map that reads or writes the residual stream, and scales of one.

@@ -33,6 +33,7 @@ class ValueOutput(TransformPass):
     """Uncorrelated channels, largest first, wherever any invertible map may be put on an axis."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "activations: second moment"})
+    exact: ClassVar[bool] = True
 
     damping: float = 1e-4
     """Added to the second moment's diagonal, as a share of its mean; a singular one has no inverse.

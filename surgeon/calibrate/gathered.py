@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +15,13 @@ from surgeon.axes.consumers import Contraction, consumers, contractions
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.calibrate.data import Windows
 from surgeon.calibrate.distil import Schedule, distilled, streams_of
+from surgeon.calibrate.divergence import Divergence, Trial, divergences
 from surgeon.calibrate.gradients import Fisher, Gradients, there_and_back
 from surgeon.calibrate.loss import mean_loss
 from surgeon.calibrate.moments import Moments, together
 from surgeon.calibrate.parallel import join
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine
+from surgeon.calibrate.segments import segments, unchanged
 from surgeon.calibrate.sequential import Solve, sequential
 from surgeon.calibrate.similarity import spans
 from surgeon.calibrate.statistics import walk
@@ -27,11 +29,15 @@ from surgeon.calibrate.taps import Asked
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.runtime.apply import kept_only, masked, rewritten
 
-EXTRA_BYTES = 2**29
+EXTRA_BYTES = 2**30
 """What is gathered besides what is asked for, as it will be asked for next, may take so much."""
 
 GRADIENT_WINDOWS = 24
 """Windows that the loss's gradients are taken on: of 64 windows of 512 tokens these are 12,000."""
+
+TRIAL_WINDOWS = 4
+"""Windows that the divergence of trials is taken on. They are the last: the walk with gradients,
+and what is gathered on it, has not seen them unless there are few."""
 
 WIDEST = 8192
 """Maps with more outputs than this have no Fisher matrix gathered unless it is asked for."""
@@ -47,6 +53,14 @@ class _Known:
     fisher: dict[str, Fisher] = field(default_factory=dict[str, Fisher])
     similarity: dict[str, float] = field(default_factory=dict[str, float])
     streams: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+
+    def of(self, values: Collection[str]) -> _Known:
+        """Returns what is known of some values, and nothing of parameters or branches."""
+        return _Known(
+            {n: found for n, found in self.second.items() if n in values},
+            {n: found for n, found in self.norms.items() if n in values},
+            fisher={n: found for n, found in self.fisher.items() if n in values},
+        )
 
 
 class Gathered:
@@ -89,6 +103,7 @@ class Gathered:
         self.ids = self.machine.world.share(every)
         self.loss_ids = self.machine.world.share(every[:loss_windows])
         self.gradient_ids = self.machine.world.share(every[:gradient_windows])
+        self.trial_ids = self.machine.world.share(every[-TRIAL_WINDOWS:])
         self._gradient_tokens = every[:gradient_windows].numel()
         self.notes = [] if notes is None else notes
         self.dense: Mapping[str, torch.Tensor] = {}
@@ -99,19 +114,24 @@ class Gathered:
 
     # --- between passes --------------------------------------------------------------------------
 
-    def with_rewrites(self, rewrites: Mapping[str, torch.Tensor], *, dense: bool) -> Gathered:
+    def with_rewrites(
+        self, rewrites: Mapping[str, torch.Tensor], *, dense: bool, exact: bool = False
+    ) -> Gathered:
         """Returns the same data on a model in which some tensors are replaced.
 
         Args:
             rewrites: full-size tensors by parameter.
-            dense: replace them in the dense model too, as an exact change of basis does: what is
-                known of it is then gathered anew. Without it they hold in the pruned model alone.
+            dense: replace them in the dense model too: what is known of it is then gathered anew.
+                Without it they hold in the pruned model alone.
+            exact: the dense model computes what it did, as after a change of basis: what is known
+                of values that can't have changed is kept.
         """
         made = copy(self)
         made.pruned = {**self.pruned, **rewrites}
         if dense and rewrites:
             made.dense = {**self.dense, **rewrites}
-            made._known = _Known()
+            same = unchanged(segments(self.axes.program), rewrites) if exact else frozenset[str]()
+            made._known = self._known.of(same)
         return made
 
     def expect(self, needs: Iterable[str]) -> None:
@@ -207,7 +227,34 @@ class Gathered:
             program, lambda n: mask(n, _fp32(now(n))), self.loss_ids, machine, change=change
         )
 
-    def sequential(self, plan: Plan, params: Sequence[str], solve: Solve) -> Mapping[str, Any]:
+    def divergences(
+        self, trials: Iterable[tuple[Plan, Callable[[str], Any]]]
+    ) -> tuple[Divergence, ...]:
+        """Returns how far the dense model's predictions move under each of several plans.
+
+        Args:
+            trials: what is masked, and what gives the tensor that replaces a parameter before it
+                is masked, or None; it is called when the parameter is read.
+        """
+        machine, program = self.machine, self.axes.program
+        made = [self._trial(plan, new) for plan, new in trials]
+        return divergences(program, self.read, made, self.trial_ids, machine)
+
+    def _trial(self, plan: Plan, replaced: Callable[[str], Any]) -> Trial:
+        mask, change = self._masking(plan)
+        selection, silent = Selection(self.axes, plan), dropped(self.axes, plan)
+        names = (p.name for p in self.axes.program.params)
+        touched = {n for n in names if any(k is not None for k in selection.kept(n))}
+
+        def get(name: str) -> torch.Tensor:
+            found = replaced(name) if name in touched else None
+            return mask(name, self.read(name) if found is None else _fp32(found))
+
+        return Trial(get, frozenset(touched | set(silent)), change)
+
+    def sequential(
+        self, plan: Plan, params: Sequence[str], solve: Solve, *, cross: bool = True
+    ) -> Mapping[str, Any]:
         """Returns the parameters solved for, each on what those before it produce."""
         mask, change = self._masking(plan)
         now = rewritten(self.get, self.pruned)
@@ -222,6 +269,7 @@ class Gathered:
             solve,
             self.machine,
             change=change,
+            cross=cross,
             streams=streams,
         )
         self._known.streams = streams or self._known.streams
@@ -318,8 +366,12 @@ class Gathered:
 
     def _forward(self, asked: Asked) -> None:
         asked = self._also(asked)
-        self._check_enough(asked.second, self.windows.ids.size)
-        for _, seen in walk(self.axes.program, self.read, self.ids, asked, self.machine):
+        ids, tokens = self.ids, self.windows.ids.size
+        if "gradients: outputs" in self._expected:
+            # As what is gathered on the walk with gradients: all of it describes the same windows.
+            ids, tokens = self.gradient_ids, self._gradient_tokens
+        self._check_enough(asked.second, tokens)
+        for _, seen in walk(self.axes.program, self.read, ids, asked, self.machine):
             self._keep(asked, seen.moments, seen.similarity)
 
     def _there_and_back(

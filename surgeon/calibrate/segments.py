@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from surgeon.axes.branches import ADD
 from surgeon.ir import Op, ParamRef, Program, Ref
 from surgeon.ir.program import op_refs
 
@@ -60,6 +61,27 @@ def segments(program: Program, ops: Sequence[Op] | None = None) -> tuple[Segment
             if not cuts or cuts[-1][1] != name:
                 cuts.append((index + 1, name))
     return tuple(_pieces(program, order, light, cuts))
+
+
+def unchanged(pieces: Sequence[Segment], params: Collection[str]) -> frozenset[str]:
+    """Returns the values that are as they were when an exact change replaces some parameters.
+
+    An exact change is one after which the model computes what it did. A piece that reads none of
+    the parameters would compute something else from another input: what it is given, makes and
+    passes on is as it was. Between two values of the residual stream that are, so is what is added
+    to the one to make the other.
+    """
+    whole = [piece for piece in pieces if not set(params) & set(piece.params)]
+    same = {value for piece in whole for value in (piece.given, piece.passed) if value}
+    found = {name for piece in whole for name in piece.program.producer}
+    for piece in pieces:
+        op = piece.program.producer.get(piece.passed or "")
+        if op is None or not same.issuperset({piece.given, piece.passed}):
+            continue
+        parts = [arg.name for arg in piece.program.ops[op].args if isinstance(arg, Ref)]
+        if piece.program.ops[op].target == ADD and piece.given in parts and len(parts) == 2:
+            found.update(parts)
+    return frozenset(found | same)
 
 
 def _light(program: Program, ops: Sequence[Op]) -> frozenset[str]:

@@ -23,7 +23,8 @@ class Pair:
         dim: the parameter's dimension that is summed over.
         count: tokens.
         pruned: [d, d], the mean of p·pᵀ for inputs p in the pruned model (zero where removed).
-        cross: [d, d], the mean of x·pᵀ for inputs x in the dense model.
+        cross: [d, d], the mean of x·pᵀ for inputs x in the dense model; None where `wanted` takes
+            its place.
         wanted: [out, d], the mean of t·pᵀ, where t is what the map would have to make for the
             pruned model to go on with the dense one's residual stream; None where what it makes
             is not simply added to what its piece is given.
@@ -32,7 +33,7 @@ class Pair:
     dim: int
     count: int
     pruned: torch.Tensor
-    cross: torch.Tensor
+    cross: torch.Tensor | None
     wanted: torch.Tensor | None = None
 
 
@@ -41,23 +42,32 @@ Solve = Callable[[str, Pair], torch.Tensor]
 
 
 class _Products:
-    """The sums of one value's products in both models, and with the gap between their streams."""
+    """The sums of one value's products in both models, and with the gap between their streams.
 
-    def __init__(self, width: int, gap: int | None, device: str) -> None:
+    Args:
+        width: of the value.
+        gap: the stream's width, where the gap is what the value's map makes up for.
+        cross: whether the products with the dense model's value are asked for.
+        device: where they are added up.
+    """
+
+    def __init__(self, width: int, gap: int | None, device: str, *, cross: bool) -> None:
         self.pruned = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.cross = torch.zeros_like(self.pruned)
+        self.cross = torch.zeros_like(self.pruned) if cross else None
         self.wanted = None if gap is None else self.pruned.new_zeros(gap, width)
 
     def add(self, x: torch.Tensor, p: torch.Tensor, gap: torch.Tensor | None) -> None:
         x, p = _rows(x), _rows(p)
         self.pruned += p.T @ p
-        self.cross += x.T @ p
+        if self.cross is not None:
+            self.cross += x.T @ p
         if self.wanted is not None and gap is not None:
             self.wanted += _rows(gap).T @ p
 
     def to_cpu(self) -> None:
         """Takes the sums off the device."""
-        self.pruned, self.cross = self.pruned.cpu(), self.cross.cpu()
+        self.pruned = self.pruned.cpu()
+        self.cross = None if self.cross is None else self.cross.cpu()
         self.wanted = None if self.wanted is None else self.wanted.cpu()
 
     @property
@@ -68,7 +78,8 @@ class _Products:
     def pair(self, dim: int, count: int, *, added: bool) -> Pair:
         """Returns the means over `count` tokens; `added` where the map makes up for the gap."""
         wanted = self.wanted / count if added and self.wanted is not None else None
-        return Pair(dim, count, self.pruned / count, self.cross / count, wanted)
+        cross = None if self.cross is None else self.cross / count
+        return Pair(dim, count, self.pruned / count, cross, wanted)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -103,6 +114,7 @@ def sequential(
     *,
     tokens: int = TOKENS,
     change: Change | None = None,
+    cross: bool = True,
     streams: list[torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Returns replacements of parameters, each found on what those before it produce.
@@ -123,6 +135,8 @@ def sequential(
         machine: how pieces are run.
         tokens: how many go through a piece at a time, where there is no machine.
         change: what takes some operations' places in the pruned model.
+        cross: give the products with the dense model's inputs even where a map makes up for the
+            gap between the streams, and their products with that gap are known.
         streams: gets what the dense model's last piece is given, by window, if it came that far.
 
     Raises:
@@ -158,14 +172,20 @@ def sequential(
             passing = piece.passed is not None
             end = closing(piece)
             end = end if end is not None and end.param in tapped else None
+            # What else reads the last map's input is solved for with the dense model's inputs.
+            readers = [c.param for c in tapped.values() if end and c.value == end.value]
             sums = {
                 name: _Products(
                     _width(piece.program, name),
                     _width(piece.program, end.out) if end and end.value == name else None,
                     world.device,
+                    cross=cross or end is None or end.value != name or len(readers) > 1,
                 )
                 for name in values
             }
+            # The last map's input is all that is left of the piece to go on from.
+            carried = end is not None and values == (end.value,) and len(readers) == 1
+            held = States(len(batches) if carried else 0, folder)
             one = Running(piece, get, world.device, values=values, passing=passing)
             two = (
                 Running(piece, changed, world.device, values=values, passing=False, change=change)
@@ -184,6 +204,8 @@ def sequential(
                 gap = None
                 if end and before is not None:
                     gap = x[0] - before.to(world.device) - bias.to(world.device)
+                if carried:
+                    held[i] = p[0]
                 for name, a, b in zip(values, x[1:] if passing else x, p, strict=True):
                     sums[name].add(a, b, gap)
                 if passing:
@@ -200,6 +222,10 @@ def sequential(
                 found[param] = solve(param, pair)
             if not passing or wanted <= found.keys():
                 continue
+            if carried:
+                assert end is not None
+                _go_on(small, held, changed(end.param), end.dim, bias, world.device)
+                continue
             three = Running(piece, changed, world.device, change=change)
             for i, batch in enumerate(batches):
                 with torch.no_grad():
@@ -207,6 +233,24 @@ def sequential(
                 three.check(batch, small[i], result)
                 small[i] = result[0]
     return found
+
+
+def _go_on(
+    states: States,
+    inputs: States,
+    weight: torch.Tensor,
+    dim: int,
+    bias: torch.Tensor,
+    device: str,
+) -> None:
+    """Adds to each state what a map makes of its inputs, which are let go."""
+    weight = (weight if dim == 1 else weight.T).to(device)
+    for i in range(len(states)):
+        before, x = states[i], inputs[i]
+        assert before is not None and x is not None, "a map that closes a piece has both"
+        made = torch.nn.functional.linear(x.to(device), weight) + bias.to(device)
+        states[i] = before.to(device) + made
+    inputs.clear()
 
 
 def batches_tokens(batches: Sequence[torch.Tensor]) -> int:

@@ -177,8 +177,17 @@ class Stored:
         """Refuses: a loss takes the model to run on data."""
         raise self._lacks("the loss of a plan", "it takes the model to run on the data")
 
+    def divergences(self, trials: Iterable[tuple[Plan, Callable[[str], Any]]]) -> tuple[Any, ...]:
+        """Refuses: predictions take the model to run on data."""
+        raise self._lacks("the divergence of plans", "it takes the model to run on the data")
+
     def sequential(
-        self, plan: Plan, params: Sequence[str], solve: Callable[[str, Any], Any]
+        self,
+        plan: Plan,
+        params: Sequence[str],
+        solve: Callable[[str, Any], Any],
+        *,
+        cross: bool = True,
     ) -> Mapping[str, Any]:
         """Refuses: what the pruned model computes takes data."""
         raise self._lacks("what a pruned model computes", "it takes that model to run on the data")
@@ -189,7 +198,9 @@ class Stored:
         """Refuses: learning from the dense model takes data."""
         raise self._lacks("what a pruned model learns", "it takes both models to run on the data")
 
-    def with_rewrites(self, rewrites: Mapping[str, Any], *, dense: bool) -> Stored:
+    def with_rewrites(
+        self, rewrites: Mapping[str, Any], *, dense: bool, exact: bool = False
+    ) -> Stored:
         """Returns the same statistics, which stay valid while the dense model is what it was.
 
         Raises:

@@ -284,6 +284,34 @@ def test_statistics_stay_valid_until_the_dense_model_changes() -> None:
     assert found.moments([last])[last] is before
 
 
+@pytest.mark.parametrize(("name", "kept"), [("value_output", True), ("rotate_hidden", False)])
+def test_an_exact_change_keeps_what_can_not_have_changed(name: str, kept: bool) -> None:
+    """What is kept is what would be gathered anew; nothing is, where every piece is rewritten."""
+    from surgeon.plugin import Context
+    from surgeon.registry import build
+
+    found, model = data(), origin()
+    every = [c.param for c in contractions(model.program) if c.out not in model.program.outputs]
+    before, slopes = found.moments(every), found.fisher(every)
+    change = build("transform", name, {}).transform(
+        Context(model.axes, found.read, calibration=found)
+    )
+    assert change
+    known = found.with_rewrites(change, dense=True, exact=True)._known
+    anew = found.with_rewrites(change, dense=True)
+    assert not anew._known.second
+    for name, moments in anew.moments(every).items():
+        (place,) = [c for c in contractions(model.program) if c.param == name]
+        inside = "mlp" in name
+        assert (place.value in known.second) == (kept and inside)
+        assert (place.out in known.fisher) == (kept and (inside or "o_proj" in name))
+        if place.value in known.second:
+            torch.testing.assert_close(before[name].second, moments.second, rtol=1e-3, atol=1e-4)
+        if place.out in known.fisher:
+            again = anew.fisher([name])[name].second
+            torch.testing.assert_close(slopes[name].second, again, rtol=1e-3, atol=1e-7)
+
+
 # --- where it runs and what is kept --------------------------------------------------------------
 
 

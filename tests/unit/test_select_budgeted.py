@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import pairwise, product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -254,6 +256,7 @@ def test_a_role_that_there_isn_t_is_refused() -> None:
         {"roles": ()},
         {"max_share": {"ffn": 1.5}},
         {"reference": 0.0},
+        {"caution": -1.0},
         {"alike": True, "roles": ("layers",)},
     ],
 )
@@ -326,3 +329,49 @@ def test_scores_within_a_role_are_scaled_to_the_loss() -> None:
     # One evaluation for the dense model and one for each role, which is cut alone.
     cut_roles = [{axes_of().get(c.axis).role for c in p.cuts} for p in calibration.asked]
     assert cut_roles == [set(), {"ffn"}, {"kv_heads"}, {"q_per_kv"}]
+
+
+def widths(name: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in axes_of().program.param[name].type.shape)
+
+
+class Diverged(Told):
+    """Calibration that knows how far each cut moves predictions, and gives made-up moments."""
+
+    def __init__(self, found: Mapping[str, tuple[float, float]]) -> None:
+        super().__init__({})
+        self.found, self.given = found, dict[str, Any]()
+
+    def moments(self, params: Iterable[str], *, full: bool = True) -> Mapping[str, Any]:
+        return {p: SimpleNamespace(second=torch.eye(widths(p)[1])) for p in params}
+
+    def divergences(self, trials: Iterable[tuple[Plan, Any]]) -> tuple[Any, ...]:
+        out: list[Any] = []
+        for plan, give in trials:
+            self.asked.append(plan)
+            ((name, count),) = kept(plan).items()
+            param = name.replace("/ffn", ".down_proj.weight")
+            self.given[name] = (count, give(param), give("model.norm.weight"))
+            out.append(SimpleNamespace(mean=self.found[name][0], deviation=self.found[name][1]))
+        return tuple(out)
+
+
+def test_axes_are_weighed_by_how_far_each_moves_the_predictions_cut_alone() -> None:
+    """The second layer's predicted losses are as great, and what is measured decides."""
+    same = {FFN: np.arange(1.0, 25.0), OTHER: np.arange(1.0, 25.0)}
+    size = axes_of().get(FFN).size
+    scores = {n: np.resize(s, size) for n, s in same.items()}
+    told = Diverged({FFN: (0.02, 0.0), OTHER: (0.01, 0.1)})
+
+    def chosen(caution: float) -> dict[str, int]:
+        options = Budgeted(("ffn",), unit="divergence", reference=0.25, caution=caution)
+        given = Context(axes_of(), lambda n: torch.ones(widths(n)), calibration=told)
+        return kept(options.select(given, get(scores), budget(0.1, (FFN, OTHER))))
+
+    mean, careful = chosen(0.0), chosen(1.0)
+    assert mean.get(OTHER, size) < mean.get(FFN, size)
+    assert careful.get(OTHER, size) > careful.get(FFN, size)
+    count, reader, norm = told.given[FFN]
+    assert count == size - round(size / 4)
+    assert reader is not None and int((reader.abs().sum(0) > 0).sum()) == count
+    assert norm is None
