@@ -84,6 +84,10 @@ class Budgeted(SelectPass):
     caution: float = 0.6
     """Standard deviations over tokens that are added to a mean divergence."""
 
+    measure: tuple[str, ...] = ()
+    """Roles whose axes' divergence is measured; those of others are scaled by the median of what is
+    found. All of them without it."""
+
     depth: Literal["curves", "score", "measured"] = "curves"
     """What a branch loses: what the axis that its last map reads loses with all its indices; its
     own score; or the measured growth of the loss without it."""
@@ -106,6 +110,8 @@ class Budgeted(SelectPass):
                 raise ValueError(f"max_share[{role}] is {share}, a share lies between 0 and 1")
         if not 0 < self.reference < 1:
             raise ValueError(f"reference is {self.reference}, a share lies between 0 and 1")
+        if not set(self.measure) <= set(self.roles):
+            raise ValueError(f"measure is {self.measure}, of the roles {self.roles}")
         if not self.caution >= 0:  # true for NaN as well
             raise ValueError(f"caution is {self.caution}, it has to be 0 or more")
 
@@ -313,7 +319,9 @@ class _Search:
 
     def _diverged(self, curves: dict[str, Curve]) -> dict[str, Curve]:
         """Returns the curves scaled to the divergence of each axis that is cut alone."""
-        counts = {axis.name: self._reference(axis, curves[axis.name]) for axis in self.axes}
+        roles = self.options.measure or self.options.roles
+        axes = [axis for axis in self.axes if axis.role in roles]
+        counts = {axis.name: self._reference(axis, curves[axis.name]) for axis in axes}
         counts = {n: k for n, k in counts.items() if curves[n].at(k) > 0}
         plans = [plan_of(self.context, self.scores, {n: k}) for n, k in counts.items()]
         found = self.context.divergences((p, self._refitted(p)) for p in plans)
@@ -327,7 +335,8 @@ class _Search:
             self.context.notes.append(
                 f"scores are scaled to the measured divergence by axis: {least:.3g} to {most:.3g}"
             )
-        return {n: c.scaled(factors.get(n, 1.0)) for n, c in curves.items()}
+        others = float(np.median(list(factors.values()))) if factors else 1.0
+        return {n: c.scaled(factors.get(n, others)) for n, c in curves.items()}
 
     def _refitted(self, plan: Plan) -> Callable[[str], Any]:
         """Returns what gives the readers of a cut axis, solved for anew by themselves."""

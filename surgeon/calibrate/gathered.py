@@ -32,10 +32,11 @@ from surgeon.runtime.apply import kept_only, masked, rewritten
 EXTRA_BYTES = 2**30
 """What is gathered besides what is asked for, as it will be asked for next, may take so much."""
 
-GRADIENT_WINDOWS = 24
-"""Windows that the loss's gradients are taken on: of 64 windows of 512 tokens these are 12,000."""
+GRADIENT_WINDOWS = 16
+"""Windows that the loss's gradients are taken on: of 64 windows of 512 tokens these are 8,000. What
+every piece was given is kept for them on the way back."""
 
-TRIAL_WINDOWS = 4
+TRIAL_WINDOWS = 3
 """Windows that the divergence of trials is taken on. They are the last: the walk with gradients,
 and what is gathered on it, has not seen them unless there are few."""
 

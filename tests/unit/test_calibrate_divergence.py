@@ -92,7 +92,9 @@ def test_a_plan_may_come_with_other_tensors() -> None:
         return other if name == DOWN else None
 
     plain, (found,) = data().divergences([(plan, nothing)])[0], data().divergences([(plan, give)])
-    assert found.mean == pytest.approx(by_hand("Llama", plan, 4, give)[0], rel=1e-3)
+    assert found.mean == pytest.approx(
+        by_hand("Llama", plan, module.TRIAL_WINDOWS, give)[0], rel=1e-3
+    )
     assert abs(found.mean - plain.mean) > 1e-3 * plain.mean
 
 

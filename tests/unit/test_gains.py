@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,15 +213,31 @@ def test_the_stream_as_target_ends_nearer_to_the_dense_stream(
     assert gap("stream") < gap("branch")
 
 
-def test_the_default_recipe_runs_whole_and_is_verified() -> None:
-    tokens = list(np.random.default_rng(0).integers(3, 100, 400))
-    data = Recipe((Piece(tokens),), 12, 16)
-    pruned = surgeon.prune(models.tiny("Llama"), ratio=0.2, recipe="default", calibration=data)
+TEXT = Recipe((Piece(list(np.random.default_rng(0).integers(3, 100, 400))),), 12, 16)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mistral"])
+def test_the_default_recipe_runs_whole_and_is_verified(name: str) -> None:
+    pruned = surgeon.prune(models.tiny(name), ratio=0.2, recipe="default", calibration=TEXT)
     assert [e["pass"] for e in pruned.report.recipe][1:] == [
+        "transform/value_output",
         "score/obs",
         "select/budgeted",
         "compensate/least_squares",
         "compensate/gains",
     ]
+    assert abs(pruned.report.ratio["removed"] - 0.2) < 0.02
     assert pruned.report.verification is not None
     assert pruned.report.verification["largest"] <= 1e-4
+
+
+@pytest.mark.parametrize("target", ["transformers", "pt2", "onnx"])
+def test_what_the_default_recipe_makes_is_written_to_every_target(
+    target: str, tmp_path: Path
+) -> None:
+    """Saving compares what was written with the masked model."""
+    small = surgeon.prune(
+        models.tiny("Mistral"), ratio=0.2, recipe="default", calibration=TEXT, target=target
+    )
+    report = small.save(tmp_path / "out")
+    assert report.verification is not None and report.verification["largest"] <= 1e-4

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passes.select._shared import costs_of, plan_of
+from passes.select import budgeted as module
+from passes.select._shared import Asked, costs_of, plan_of
 from passes.select.budgeted import Budgeted
 from surgeon.axes import Axes, analyse
 from surgeon.axes.budget import Budget, allowed, decoder_params
@@ -139,9 +140,11 @@ def test_no_combination_that_removes_as_much_loses_less(
 @given(st.integers(0, 20), st.lists(st.floats(0.02, 0.6), min_size=2, max_size=4))
 @settings(max_examples=15, deadline=None)
 def test_more_removed_is_never_less_lost(seed: int, ratios: list[float]) -> None:
-    scores = drawn(seed)
+    """Of channels: a cheap head may be too much for the smaller of two ratios."""
+    scores, fine = drawn(seed), (FFN, OTHER)
+    options = Budgeted(max_share={})
     losses = [
-        predicted(Budgeted(max_share={}).select(context(), get(scores), budget(ratio)), scores)
+        predicted(options.select(context(), get(scores), budget(ratio, fine)), scores)
         for ratio in sorted({round(r, 2) for r in ratios})
     ]
     assert all(a <= b * (1 + 1e-3) for a, b in pairwise(losses))
@@ -257,6 +260,7 @@ def test_a_role_that_there_isn_t_is_refused() -> None:
         {"max_share": {"ffn": 1.5}},
         {"reference": 0.0},
         {"caution": -1.0},
+        {"measure": ("hidden",)},
         {"alike": True, "roles": ("layers",)},
     ],
 )
@@ -375,3 +379,21 @@ def test_axes_are_weighed_by_how_far_each_moves_the_predictions_cut_alone() -> N
     assert count == size - round(size / 4)
     assert reader is not None and int((reader.abs().sum(0) > 0).sum()) == count
     assert norm is None
+
+
+def test_axes_of_roles_that_are_not_measured_are_scaled_by_the_median() -> None:
+    """Heads that are predicted to cost next to nothing cost a hundred times that, as MLPs do."""
+    scores = drawn(weight={"kv_heads": 1e-6})
+    scores[KV] = np.full_like(scores[KV], 0.001)
+    told = Diverged({FFN: (100 * scores[FFN].sum(), 0.0), OTHER: (100 * scores[OTHER].sum(), 0.0)})
+    given = Context(axes_of(), lambda n: torch.ones(widths(n)), calibration=told)
+    options = Budgeted(("ffn", "kv_heads"), unit="divergence", measure=("ffn",), caution=0.0)
+    assert options.needs == {"loss: divergence", "activations: second moment"}
+    search = module._Search(options, given, get(scores), budget(0.2), Asked({}, ()))
+    curves = search._curves()
+    plain = Budgeted(("ffn", "kv_heads"))
+    before = module._Search(plain, given, get(scores), budget(0.2), Asked({}, ()))._curves()
+    factors = {n: c.whole / before[n].whole for n, c in curves.items()}
+    assert set(told.given) == {FFN, OTHER}
+    assert factors[KV] == pytest.approx(np.median([factors[FFN], factors[OTHER]]))
+    assert factors[KV] > 100
