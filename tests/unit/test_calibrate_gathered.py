@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgeon.axes.consumers import contractions
+from surgeon.axes.consumers import consumers, contractions
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.calibrate import gathered as module
 from surgeon.calibrate.data import Windows
@@ -271,6 +271,33 @@ def test_compensations_go_on_from_those_before_them(dense: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     (logits,) = run(found, get=now)
     assert gathered.loss(Plan()) == pytest.approx(mean_loss(logits), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2"])
+def test_later_maps_see_what_those_solved_for_before_them_make(name: str) -> None:
+    """The pruned model goes on from what was tapped, or runs the piece again."""
+    found, gathered = origin(name), data(name)
+    axes = [a for a in found.axes.axes if a.role == "ffn"]
+    plan = Plan(tuple(cut(a, range(0, a.size, 2)) for a in axes))
+    maps = [consumers(found.axes, a)[0] for a in axes]
+    new = {maps[0].param: found.read(maps[0].param) * 0.5}
+    seen: dict[str, Any] = {}
+
+    def solve(param: str, pair: Any) -> torch.Tensor:
+        seen[param] = pair
+        return new.get(param, found.read(param))
+
+    gathered.sequential(plan, [c.param for c in maps], solve)
+    selection = Selection(found.axes, plan)
+
+    def small(param: str) -> torch.Tensor:
+        return masked(selection, param, new.get(param, found.read(param)))
+
+    pair = seen[maps[-1].param]
+    (place,) = [c for c in contractions(found.program) if c.param == maps[-1].param]
+    (x,) = run(found, (place.value,), small)
+    rows = x.reshape(-1, x.shape[-1]).double()
+    torch.testing.assert_close(pair.pruned, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-6)
 
 
 def test_statistics_stay_valid_until_the_dense_model_changes() -> None:
