@@ -196,7 +196,7 @@ def sequential(
             for i, batch in enumerate(batches):
                 with torch.no_grad():
                     x = one(batch, dense[i])
-                    p: tuple[torch.Tensor, ...] = two(batch, small[i]) if two else ()
+                    p = two(batch, small[i]) if two else tuple[torch.Tensor, ...]()
                 one.check(batch, dense[i], x)
                 if two:
                     two.check(batch, small[i], p)
