@@ -9,21 +9,28 @@ RIDGE = 0.2
 don't determine a matrix: on windows not solved for, errors are least at 0.1 to 0.3."""
 
 
-def refitted(weight: Any, second: Any, wanted: Any, kept: Any, ridge: float) -> Any:
-    """Returns weights, float64 [out, d], that are zero on inputs that are not kept.
+def refitted(
+    weight: Any, dim: int, kept: Any, second: Any, cross: Any, ridge: float, wanted: Any = None
+) -> Any:
+    """Returns weights, fp32 and of the old shape, that are zero on inputs that are not kept.
 
     Args:
-        weight: [out, d], float64; where the data says little the new weights are like these.
+        weight: the map's; where the data says little the new weights are like these.
+        dim: its dimension that is summed over, of size d.
+        kept: numbers of the kept inputs; None for all.
         second: [d, d], the second moment of the inputs.
-        wanted: [out, d], the mean of w·xᵀ for inputs x and what is wanted of them, w.
-        kept: numbers of the kept inputs.
+        cross: [d, d], the mean of y·xᵀ for inputs x; what the old weights make of y is wanted.
         ridge: the pull towards the old weights, as a share of the inputs' mean square.
+        wanted: [out, d], the mean of w·xᵀ for what is wanted, w, in place of `cross`.
     """
     import torch
 
+    old = weight.double() if dim == 1 else weight.double().T
+    kept = torch.arange(old.shape[1]) if kept is None else torch.from_numpy(kept)
+    wanted = old @ cross if wanted is None else wanted
     pull = ridge * second.diagonal().mean()
     left = second[kept][:, kept] + pull * torch.eye(len(kept), dtype=torch.float64)
-    right = wanted[:, kept] + pull * weight[:, kept]
-    out = torch.zeros_like(weight)
+    right = wanted[:, kept] + pull * old[:, kept]
+    out = torch.zeros_like(old)
     out[:, kept] = torch.linalg.solve(left, right.T).T
-    return out
+    return (out if dim == 1 else out.T).float().contiguous()

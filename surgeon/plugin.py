@@ -226,7 +226,8 @@ class Context:
         """Returns for each of several plans the `Divergence` of predictions from the dense model's.
 
         For passes that need `loss: divergence`. With each plan comes what gives, by name, the
-        full-size tensor that replaces a parameter before it is masked, or None.
+        full-size tensor that replaces a parameter before the plan takes its part of it, or None;
+        parameters that lose nothing are not asked for.
         """
         return self.data.divergences(trials)
 

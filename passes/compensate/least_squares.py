@@ -44,21 +44,15 @@ class LeastSquares(CompensatePass):
 
     def compensate(self, context: Context, plan: Plan) -> Mapping[str, Any]:
         """Returns by parameter name the full-size tensor that replaces it."""
-        import torch
-
         axes = context.axes
         selection = Selection(axes, plan)
         found = (c.param for cut in plan.cuts for c in consumers(axes, axes.get(cut.axis)))
         params = list(dict.fromkeys(found))
 
         def solve(param: str, pair: Any) -> Any:
-            weight = context.weights(param).double()
-            weight = weight if pair.dim == 1 else weight.T
-            indices = selection.kept(param)[pair.dim]
-            kept = torch.arange(weight.shape[1]) if indices is None else torch.from_numpy(indices)
+            kept = selection.kept(param)[pair.dim]
             wanted = pair.wanted if self.towards == "stream" else None
-            wanted = weight @ pair.cross if wanted is None else wanted
-            out = refitted(weight, pair.pruned, wanted, kept, self.ridge)
-            return (out if pair.dim == 1 else out.T).float().contiguous()
+            weight = context.weights(param)
+            return refitted(weight, pair.dim, kept, pair.pruned, pair.cross, self.ridge, wanted)
 
         return context.sequential(plan, params, solve, cross=self.towards == "branch")

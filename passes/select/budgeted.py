@@ -347,13 +347,9 @@ class _Search:
             if name not in found:
                 return None
             dim = found[name].dim
-            weight = self.context.weights(name).double()
-            weight = weight if dim == 1 else weight.T
-            kept = selection.kept(name)[dim]
-            assert kept is not None, "an axis's reader loses what the axis does"
             second = self.context.moments([name])[name].second.double()
-            out = refitted(weight, second, weight @ second, kept, RIDGE)
-            return out if dim == 1 else out.T
+            kept = selection.kept(name)[dim]
+            return refitted(self.context.weights(name), dim, kept, second, second, RIDGE)
 
         return solve
 

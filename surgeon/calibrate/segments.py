@@ -31,6 +31,21 @@ class Segment:
         """Names of the parameters that it reads."""
         return tuple(p.name for p in self.program.params)
 
+    @property
+    def added(self) -> str | None:
+        """The value that is added to `given` to make `passed`; None where that is not how.
+
+        Nothing is scaled or normalised on the way to the sum.
+        """
+        index = self.program.producer.get(self.passed or "")
+        if index is None or self.given is None:
+            return None
+        op = self.program.ops[index]
+        parts = [arg.name for arg in op.args[:2] if isinstance(arg, Ref)]
+        if op.target != ADD or op.kwargs or len(parts) != 2 or self.given not in parts:
+            return None
+        return next((name for name in parts if name != self.given), None)
+
 
 def segments(program: Program, ops: Sequence[Op] | None = None) -> tuple[Segment, ...]:
     """Returns the program cut wherever a single value goes on that the inputs don't give.
@@ -74,13 +89,8 @@ def unchanged(pieces: Sequence[Segment], params: Collection[str]) -> frozenset[s
     whole = [piece for piece in pieces if not set(params) & set(piece.params)]
     same = {value for piece in whole for value in (piece.given, piece.passed) if value}
     found = {name for piece in whole for name in piece.program.producer}
-    for piece in pieces:
-        op = piece.program.producer.get(piece.passed or "")
-        if op is None or not same.issuperset({piece.given, piece.passed}):
-            continue
-        parts = [arg.name for arg in piece.program.ops[op].args if isinstance(arg, Ref)]
-        if piece.program.ops[op].target == ADD and piece.given in parts and len(parts) == 2:
-            found.update(parts)
+    between = (piece for piece in pieces if same.issuperset({piece.given, piece.passed}))
+    found.update(value for piece in between if (value := piece.added))
     return frozenset(found | same)
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.axes.branches import ADD
 from surgeon.axes.consumers import Contraction, contractions
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
 from surgeon.calibrate.states import States, by_window, scratch
-from surgeon.ir import Program, Ref
+from surgeon.ir import Program
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,8 @@ def closing(piece: Segment) -> Contraction | None:
     There is none where something comes in between, such as a norm behind the branch or a
     multiplier of the residual: nothing is scaled or normalised on the way to the sum.
     """
-    index = piece.program.producer.get(piece.passed or "")
-    if index is None or piece.given is None:
-        return None
-    op = piece.program.ops[index]
-    parts = [arg.name for arg in op.args[:2] if isinstance(arg, Ref)]
-    if op.target != ADD or op.kwargs or len(parts) != 2 or piece.given not in parts:
-        return None
-    return next((c for c in contractions(piece.program) if c.out in parts), None)
+    added = piece.added
+    return next((c for c in contractions(piece.program) if c.out == added), None)
 
 
 def sequential(
@@ -173,18 +166,19 @@ def sequential(
             end = closing(piece)
             end = end if end is not None and end.param in tapped else None
             # What else reads the last map's input is solved for with the dense model's inputs.
-            readers = [c.param for c in tapped.values() if end and c.value == end.value]
+            readers = [c.value for c in tapped.values()]
+            alone = end.value if end is not None and readers.count(end.value) == 1 else None
             sums = {
                 name: _Products(
                     _width(piece.program, name),
                     _width(piece.program, end.out) if end and end.value == name else None,
                     world.device,
-                    cross=cross or end is None or end.value != name or len(readers) > 1,
+                    cross=cross or name != alone,
                 )
                 for name in values
             }
             # The last map's input is all that is left of the piece to go on from.
-            carried = end is not None and values == (end.value,) and len(readers) == 1
+            carried = values == (alone,)
             held = States(len(batches) if carried else 0, folder)
             one = Running(piece, get, world.device, values=values, passing=passing)
             two = (

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from surgeon.axes.plan import Plan, cut
+from surgeon.axes.plan import Plan, Selection, cut, dropped
 from surgeon.calibrate import gathered as module
-from surgeon.calibrate.data import Windows
-from surgeon.calibrate.gathered import Gathered
 from surgeon.errors import Code, SurgeonError
-from surgeon.opening import Model, open_model
 from surgeon.runtime.apply import kept_only, masked
-from surgeon.runtime.lower import lower
-from tests import models
+from tests.calibrated import data, origin, run
 
 pytestmark = pytest.mark.slow
 
@@ -28,29 +23,13 @@ FFN, LAST, DOWN = (
 )
 
 
-@cache
-def origin(name: str) -> Model:
-    return open_model(models.tiny(name))
-
-
-def ids() -> torch.Tensor:
-    return models.tokens(100, 5, 11)
-
-
-def data(name: str = "Llama", **options: Any) -> Gathered:
-    found = origin(name)
-    return Gathered(found.axes, found.read, Windows(ids().numpy()), **options)
-
-
 def nothing(name: str) -> None:
     return None
 
 
 def by_hand(name: str, plan: Plan, windows: int, other: Any = nothing) -> tuple[float, float]:
     """The mean divergence and its deviation, from the logits of the whole program."""
-    from surgeon.axes.plan import Selection, dropped
-
-    found, rows = origin(name), ids()[-windows:]
+    found = origin(name)
     selection, silent = Selection(found.axes, plan), dropped(found.axes, plan)
 
     def small(param: str) -> torch.Tensor:
@@ -58,12 +37,9 @@ def by_hand(name: str, plan: Plan, windows: int, other: Any = nothing) -> tuple[
         tensor = found.read(param) if tensor is None else tensor
         return torch.zeros_like(tensor) if param in silent else masked(selection, param, tensor)
 
-    positions = torch.arange(rows.shape[1]).expand(len(rows), -1)
     change = kept_only(found.axes, selection, found.program.producer)
-    with torch.no_grad():
-        inputs = (rows, torch.ones_like(rows), positions)
-        dense = lower(found.program, found.read)(*inputs).double().log_softmax(-1)
-        moved = lower(found.program, small, change=change)(*inputs).double().log_softmax(-1)
+    every = (run(found)[0], run(found, get=small, change=change)[0])
+    dense, moved = (logits[-windows:].double().log_softmax(-1) for logits in every)
     each = torch.nn.functional.kl_div(moved, dense, log_target=True, reduction="none").sum(-1)
     return float(each.mean()), float(each.std(correction=0))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +22,12 @@ from surgeon.errors import Code, SurgeonError
 from surgeon.opening import Model, open_model
 from surgeon.runtime.apply import kept_only, masked
 from surgeon.runtime.lower import lower
-from tests import models
+from tests.calibrated import data, ids, origin, run
 
 pytestmark = pytest.mark.slow
 
 FFN, DOWN = "model.layers.0.mlp/ffn", "model.layers.0.mlp.down_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
-
-
-@cache
-def origin(name: str = "Llama") -> Model:
-    return open_model(models.tiny(name))
-
-
-def ids() -> torch.Tensor:
-    return models.tokens(100, 5, 11)
-
-
-def data(name: str = "Llama", **options: Any) -> Gathered:
-    found = origin(name)
-    return Gathered(found.axes, found.read, Windows(ids().numpy()), **options)
-
-
-def run(found: Model, values: tuple[str, ...] = (), get: Any = None, change: Any = None) -> Any:
-    """Values of the program run at once; the logits without any."""
-    from dataclasses import replace
-
-    program = replace(found.program, outputs=values) if values else found.program
-    row = ids()
-    positions = torch.arange(row.shape[1]).expand(len(row), -1)
-    with torch.no_grad():
-        out = lower(program, get or found.read, change=change)(row, torch.ones_like(row), positions)
-    return out if isinstance(out, tuple) else (out,)
 
 
 def mean_loss(logits: torch.Tensor) -> float:
