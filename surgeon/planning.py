@@ -183,9 +183,9 @@ def planned(
     context = run.context(changed, data, later)
     plan = run.select(context, passes)
     mended: dict[str, Any] = {}
-    for step in passes.compensate:
+    for number, step in enumerate(passes.compensate):
         seen = data.with_rewrites(mended, dense=False) if data is not None and mended else data
-        context = run.context({**changed, **mended}, seen, (step,))
+        context = run.context({**changed, **mended}, seen, passes.compensate[number:])
         mended |= run.rewriting(step, lambda c=context, p=step: p.made.compensate(c, plan), context)
     return Planned(plan, {**changed, **mended}, tuple(run.results), tuple(run.notes))
 

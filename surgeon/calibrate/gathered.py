@@ -259,7 +259,9 @@ class Gathered:
         """Returns the parameters solved for, each on what those before it produce."""
         mask, change = self._masking(plan)
         now = rewritten(self.get, self.pruned)
-        streams: list[torch.Tensor] = []
+        # Who distils afterwards wants the dense stream at the head, which this walk comes by.
+        distils = "activations: distillation" in self._expected
+        streams: list[torch.Tensor] | None = [] if distils else None
         found = sequential(
             self.axes.program,
             self.read,

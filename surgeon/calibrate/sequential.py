@@ -130,7 +130,7 @@ def sequential(
         change: what takes some operations' places in the pruned model.
         cross: give the products with the dense model's inputs even where a map makes up for the
             gap between the streams, and their products with that gap are known.
-        streams: gets what the dense model's last piece is given, by window, if it came that far.
+        streams: gets what the dense model's last piece (the head) is given, by window.
 
     Raises:
         SurgeonError: `bad-text-input` where a value is not finite.
@@ -150,11 +150,13 @@ def sequential(
     with scratch(machine.offload) as folder:
         dense, small = States(len(batches), folder), States(len(batches), folder)
         for piece in segments(program):
-            if piece.given is not None and piece.passed is None and streams is not None:
+            passes_on = piece.passed is not None
+            if piece.given is not None and not passes_on and streams is not None:
                 streams.extend(by_window(dense))
-            # Nothing after the last one is asked for. What has no map costs next to nothing, and
-            # leads to what the head is given; the head itself is the dearest piece.
-            if wanted <= found.keys() and contractions(piece.program):
+            # After the last one there is the dense stream at most to be followed to the head, which
+            # itself is the dearest piece.
+            followed = streams is not None and passes_on
+            if wanted <= found.keys() and not followed:
                 break
             tapped = {
                 c.param: c
@@ -162,7 +164,6 @@ def sequential(
                 if c.param in wanted and c.param not in found
             }
             values = tuple(dict.fromkeys(c.value for c in tapped.values()))
-            passing = piece.passed is not None
             end = closing(piece)
             end = end if end is not None and end.param in tapped else None
             # What else reads the last map's input is solved for with the dense model's inputs.
@@ -180,7 +181,7 @@ def sequential(
             # The last map's input is all that is left of the piece to go on from.
             carried = values == (alone,)
             held = States(len(batches) if carried else 0, folder)
-            one = Running(piece, get, world.device, values=values, passing=passing)
+            one = Running(piece, get, world.device, values=values, passing=passes_on)
             two = (
                 Running(piece, changed, world.device, values=values, passing=False, change=change)
                 if values
@@ -200,9 +201,9 @@ def sequential(
                     gap = x[0] - before.to(world.device) - bias.to(world.device)
                 if carried:
                     held[i] = p[0]
-                for name, a, b in zip(values, x[1:] if passing else x, p, strict=True):
+                for name, a, b in zip(values, x[1:] if passes_on else x, p, strict=True):
                     sums[name].add(a, b, gap)
-                if passing:
+                if passes_on:
                     dense[i] = x[0]
             count = world.count(batches_tokens(batches))
             for total in sums.values():
@@ -214,7 +215,7 @@ def sequential(
                     c.dim, count, added=end is not None and param == end.param
                 )
                 found[param] = solve(param, pair)
-            if not passing or wanted <= found.keys():
+            if not passes_on or wanted <= found.keys():
                 continue
             if carried:
                 assert end is not None

@@ -136,7 +136,10 @@ def test_streams_are_what_the_head_reads(llama: Model, ids: torch.Tensor, data: 
 def test_sequential_calibration_leaves_the_streams_that_gains_need(
     data: Gathered, llama: Model, halved: Plan, ids: torch.Tensor
 ) -> None:
-    params = ["model.layers.1.mlp.down_proj.weight"]
+    params = ["model.layers.0.mlp.down_proj.weight"]
+    data.sequential(halved, params, lambda name, pair: llama.read(name))
+    assert not data._known.streams  # nobody is going to ask for them
+    data.expect(["activations: distillation"])
     data.sequential(halved, params, lambda name, pair: llama.read(name))
     kept = data._known.streams
     for one, two in zip(kept, streams_of(llama.program, llama.read, ids, Machine()), strict=True):
