@@ -32,8 +32,8 @@ from surgeon.runtime.apply import kept_only, masked, rewritten
 EXTRA_BYTES = 2**30
 """What is gathered besides what is asked for, as it will be asked for next, may take so much."""
 
-GRADIENT_WINDOWS = 16
-"""Windows that the loss's gradients are taken on: of 64 windows of 512 tokens these are 8,000. What
+GRADIENT_WINDOWS = 12
+"""Windows that the loss's gradients are taken on: of 64 windows of 512 tokens these are 6,000. What
 every piece was given is kept for them on the way back."""
 
 TRIAL_WINDOWS = 3

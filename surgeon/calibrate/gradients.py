@@ -25,7 +25,7 @@ from surgeon.calibrate.taps import Asked, Seen, Taps, taps
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Program
 
-KEPT_BYTES = 2**30
+KEPT_BYTES = 2**29
 """What the states that wait for the way back may take in memory; on a disk there is no limit."""
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 import surgeon
 from passes.compensate.gains import Gains
 from passes.compensate.least_squares import LeastSquares
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.calibrate.data import Piece, Recipe, Windows
-from surgeon.calibrate.distil import streams_of, trained
+from surgeon.calibrate.distil import ROWS, _divergence, streams_of, trained
 from surgeon.calibrate.gathered import Gathered
 from surgeon.calibrate.running import Machine
 from surgeon.calibrate.segments import segments
@@ -105,6 +106,18 @@ def test_nothing_removed_leaves_nothing_to_learn(
     # Adam takes a step whatever the size of a gradient, which here is rounding alone.
     assert steps[0] < 1e-6 and max(steps) < 1e-4
     assert divergence(llama, found, Plan(), ids) < 1e-3
+
+
+def test_the_slope_of_the_divergence_is_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, wanted = torch.randn(2, 2, ROWS // 2 + 3, 11, generator=generator)
+    found.requires_grad_()
+    rows = (x.flatten(0, 1).log_softmax(-1) for x in (found, wanted))
+    whole = functional.kl_div(*rows, log_target=True, reduction="batchmean")
+    (slope,) = torch.autograd.grad(whole, found)
+    total, own = _divergence(found.detach(), wanted)
+    assert total == pytest.approx(float(whole.detach()), rel=1e-5)
+    torch.testing.assert_close(own, slope)
 
 
 def test_a_tied_table_gets_none() -> None:
