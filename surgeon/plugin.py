@@ -159,6 +159,8 @@ class Context:
         notes: gets what the pass has to say to the user.
         calibration: what the model computes on data, for passes that need it.
         budget: what is to go in all; its `axes` and `branches` are all that may.
+        plan: what goes, for passes that stand after the selection; before it, and where nothing
+            is selected, the empty plan.
     """
 
     axes: Axes
@@ -168,6 +170,7 @@ class Context:
     notes: list[str] = field(default_factory=list[str])
     calibration: Calibration | None = None
     budget: Budget = field(default_factory=Budget)
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def program(self) -> Program:
@@ -329,7 +332,11 @@ class CompensatePass(Pass):
 
 
 class TransformPass(Pass):
-    """Changes the weights without removing an index by itself."""
+    """Changes the weights without removing an index by itself.
+
+    Before the selection it makes the model that others score. After it, it is handed the plan and
+    the weights as compensated, and what it gives is, like theirs, of full size.
+    """
 
     exact: ClassVar[bool] = False
     """Whether the model computes what it did, as after a change of basis."""

@@ -71,6 +71,11 @@ class Pruned:
         return self.origin.source is None or self.target != "transformers"
 
     @property
+    def changed(self) -> bool:
+        """Whether anything is removed, or has other weights."""
+        return bool(self.rewrites) or not self.plan.empty
+
+    @property
     def axes(self) -> Axes:
         """The axes of the model before."""
         return self.origin.axes
