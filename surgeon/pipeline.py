@@ -9,7 +9,14 @@ from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.axes.budget import Budget, Measure, allowed, check_ratio, decoder_params
+from surgeon.axes.budget import (
+    Budget,
+    Measure,
+    allowed,
+    allowed_params,
+    check_ratio,
+    decoder_params,
+)
 from surgeon.axes.plan import Plan, check
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
@@ -330,6 +337,7 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
         counted=counted,
         axes=axes,
         branches=branches,
+        params=allowed_params(origin.program, asked.freeze, asked.only),
         multiple_of=wanted,
         measure=asked.measure,
         limits=dict(asked.limits),

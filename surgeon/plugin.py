@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from surgeon.axes.axes import Axes, Axis
@@ -21,7 +21,7 @@ from surgeon.axes.budget import Budget, count
 from surgeon.axes.channels import occurrences
 from surgeon.axes.consumers import Consumer, Contraction, consumers, contractions
 from surgeon.axes.meter import Meter, Part
-from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, merged
+from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, dropped, merged
 from surgeon.axes.producers import Producer, ending, producers
 from surgeon.axes.scales import Scale, limit, scales
 from surgeon.axes.surgery import operate
@@ -89,6 +89,7 @@ __all__ = [
     "count",
     "counts",
     "cut",
+    "dropped",
     "ending",
     "limit",
     "merged",
@@ -144,6 +145,12 @@ class Calibration(Protocol):
         cross: bool = True,
     ) -> Mapping[str, Any]:
         """Returns the parameters solved for, in the program's order."""
+        ...
+
+    def with_rewrites(
+        self, rewrites: Mapping[str, Any], *, dense: bool, exact: bool = False
+    ) -> Calibration:
+        """Returns the same data on a model in which some tensors are replaced."""
         ...
 
 
@@ -259,6 +266,19 @@ class Context:
         reads or makes; gains are learnt so that the smaller model predicts what the dense one does.
         """
         return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows)
+
+    def after(self, rewrites: Mapping[str, Any]) -> Context:
+        """Returns what a pass sees once these tensors stand in the smaller model.
+
+        For passes that go over the model several times; the dense model stays what it was.
+        """
+
+        def weights(name: str) -> Any:
+            return rewrites[name] if name in rewrites else self.weights(name)
+
+        data = self.calibration
+        data = None if data is None else data.with_rewrites(rewrites, dense=False)
+        return replace(self, weights=weights, calibration=data)
 
     def unable(self, target: str, why: str) -> SurgeonError:
         """Returns the refusal of a pass that can't treat an axis or a branch."""
