@@ -43,7 +43,7 @@ def lowest(scores: Any, count: int) -> Any:
     import torch
 
     out = torch.zeros(scores.shape, dtype=torch.bool)
-    return out.scatter_(-1, scores.argsort(-1, stable=True)[..., :count], True)
+    return out.scatter_(-1, scores.argsort(stable=True, dim=-1)[..., :count], True)
 
 
 def of_pattern(scores: Any, pattern: Pattern) -> Any:

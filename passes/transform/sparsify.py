@@ -33,7 +33,7 @@ class Sparsify(TransformPass):
 
     exact: ClassVar[bool] = False
 
-    score: Literal["magnitude", "random", "wanda", "sparsegpt"] = "magnitude"
+    by: Literal["magnitude", "random", "wanda", "sparsegpt"] = "magnitude"
     """What a weight is worth."""
 
     ratio: float | None = None
@@ -99,12 +99,12 @@ class Sparsify(TransformPass):
                 "allocation: uniform and no group",
             ),
             (
-                whole and self.score == "sparsegpt",
+                whole and self.by == "sparsegpt",
                 "sparsegpt has no scores of all maps at once: those of later maps depend on what "
                 "earlier ones lost; take scope: layer",
             ),
             (
-                whole and self.score == "wanda" and self.normalise == "none",
+                whole and self.by == "wanda" and self.normalise == "none",
                 "wanda's scores have the scale of each map's inputs, and can't be compared over "
                 "maps; take normalise: mean or scope: layer",
             ),
@@ -117,13 +117,13 @@ class Sparsify(TransformPass):
                 "normalise is for maps to be compared: it goes with scope: global",
             ),
             (
-                self.rounds > 1 and not self.updates and (self.score != "wanda" or whole),
-                f"nothing changes what {self.score} says between rounds, so that one gives the "
+                self.rounds > 1 and not self.updates and (self.by != "wanda" or whole),
+                f"nothing changes what {self.by} says between rounds, so that one gives the "
                 "same; take update: true, or rounds: 1",
             ),
             (
-                self.score == "sparsegpt" and self.update is False,
-                "sparsegpt's scores take it that weights make up; take score: wanda, or update",
+                self.by == "sparsegpt" and self.update is False,
+                "sparsegpt's scores take it that weights make up; take by: wanda, or update",
             ),
             (
                 self.updates and whole,
@@ -139,7 +139,7 @@ class Sparsify(TransformPass):
     @property
     def updates(self) -> bool:
         """Whether weights that stay make up for those that go."""
-        return self.score == "sparsegpt" if self.update is None else self.update
+        return self.by == "sparsegpt" if self.update is None else self.update
 
     @property
     def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -147,9 +147,9 @@ class Sparsify(TransformPass):
         found = {"weights"}
         if self.allocation == "influence":
             found.add("activations: similarity")
-        if self.score == "wanda" and self.scope == "global":
+        if self.by == "wanda" and self.scope == "global":
             found.add("activations: norms")
-        elif self.score in ("wanda", "sparsegpt") or self.updates:
+        elif self.by in ("wanda", "sparsegpt") or self.updates:
             found.add("activations: sequential")
         return frozenset(found)
 
@@ -167,7 +167,7 @@ class Sparsify(TransformPass):
                 "it stands before the selection, and channels that go break it: put it last",
             )
         found = matrices(context)
-        if self.updates or self.score in ("wanda", "sparsegpt"):
+        if self.updates or self.by in ("wanda", "sparsegpt"):
             _check_inputs(context, found)
         by_name = {m.param: m for m in found}
         if self.scope == "global":
@@ -217,7 +217,7 @@ class Sparsify(TransformPass):
                 asked = Pattern.read(self.pattern)
                 left = round(asked.of - (asked.of - asked.kept) * part)
                 return of_pattern(scores, Pattern(left, asked.of))
-            group = self.group or ("row" if self.score == "wanda" else "layer")
+            group = self.group or ("row" if self.by == "wanda" else "layer")
             return of_share(scores, share, group)
 
         if not self.updates:
@@ -225,7 +225,7 @@ class Sparsify(TransformPass):
         assert second is not None, "what makes up for others is solved for on data"
         of = Pattern.read(self.pattern).of if self.pattern is not None else 0
         block = self.block if not of else max(of, self.block // of * of)
-        if self.score == "sparsegpt":
+        if self.by == "sparsegpt":
             made = swept(
                 rows[:, 0],
                 second,
@@ -251,10 +251,10 @@ class Sparsify(TransformPass):
         import numpy as np
         import torch
 
-        if self.score == "random":
+        if self.by == "random":
             draw = np.random.default_rng([context.seed, zlib.crc32(matrix.param.encode())])
             scores = torch.from_numpy(draw.random(rows.shape))
-        elif self.score == "magnitude":
+        elif self.by == "magnitude":
             scores = rows.abs()
         else:
             scores = rows.abs() * second.diagonal().clamp(min=0).sqrt()
@@ -265,11 +265,11 @@ class Sparsify(TransformPass):
         import torch
 
         assert self.ratio is not None
-        norms = context.norms([m.param for m in found]) if self.score == "wanda" else {}
+        norms = context.norms([m.param for m in found]) if self.by == "wanda" else {}
         every: list[Any] = []
         for matrix in found:
             second = None
-            if self.score == "wanda":
+            if self.by == "wanda":
                 kept = matrix.inputs
                 square = norms[matrix.param].square
                 second = torch.diag(square if kept is None else square[kept])
