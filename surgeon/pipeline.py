@@ -209,7 +209,7 @@ def run(
         seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
         made = _result(origin, plan, tensors, recipe.target)
         report = report_of(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
-        return replace(made, report=replace(report, as_recipe=spelled))
+        return replace(made, report=replace(report, as_recipe=spelled, sparsity=made.sparsity()))
 
     if recipe.schedule is not None:
         from surgeon.iterating import Keep, State, iterate
@@ -241,6 +241,7 @@ def _replayed(
     result = _result(origin, plan, rewrites or {}, target)
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = report_of(origin, result.plan, entries, (), None, seconds)
+    report = replace(report, sparsity=result.sparsity())
     return _finished(replace(result, report=report), verify)
 
 
