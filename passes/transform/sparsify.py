@@ -5,8 +5,6 @@ the report. Magnitude and random numbers need no text. Wanda weighs a weight by 
 is multiplied with; SparseGPT by what the output loses when the other weights of the row make up for
 it, which they then do. Layer after layer, on what the sparse layers before it produce.
 
-SmolLM2-135M, FIGURES
-
 Reference: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024,
 eq. 1; Frantar and Alistarh, SparseGPT, 2023, Algorithm 1; Mishra et al., Accelerating Sparse Deep
 Neural Networks, 2021 (2:4); Han et al., Learning both Weights and Connections, 2015 (in rounds);

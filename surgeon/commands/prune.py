@@ -335,7 +335,7 @@ def recipe(
 
     if of is None:
         for name in shipped():
-            typer.echo(f"{name:10} {about(name)}")
+            typer.echo(f"{name:17} {about(name)}")
         return
     folder = Path(of)
     if of in shipped() and not (folder / "surgeon.json").is_file():
