@@ -9,7 +9,14 @@ from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.axes.budget import Budget, Measure, allowed, check_ratio, decoder_params
+from surgeon.axes.budget import (
+    Budget,
+    Measure,
+    allowed,
+    allowed_params,
+    check_ratio,
+    decoder_params,
+)
 from surgeon.axes.plan import Plan, check
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
@@ -55,10 +62,12 @@ def prune(
     score: str | None = None,
     select: str | None = None,
     compensate: Sequence[str] | None = None,
+    then: Sequence[str] | None = None,
     transform_options: Mapping[str, Any] | None = None,
     score_options: Mapping[str, Any] | None = None,
     select_options: Mapping[str, Any] | None = None,
     compensate_options: Mapping[str, Any] | None = None,
+    then_options: Mapping[str, Any] | None = None,
     calibration: CalibrationData | None = None,
     statistics: str | Path | None = None,
     plan: Plan | None = None,
@@ -95,10 +104,12 @@ def prune(
         score: a score pass.
         select: a selection pass.
         compensate: compensation passes, in this order; none of them if it is empty.
+        then: transforms that change the weights after all that, in this order.
         transform_options: those of the transforms, the same for all.
         score_options: the score pass's options; beside the recipe's if no pass is named.
         select_options: the selection pass's options, likewise.
         compensate_options: those of the compensation passes, the same for all.
+        then_options: those of the transforms that stand last, the same for all.
         calibration: the data for passes that look at what the model computes; without it the
             recipe's, or else a text that every machine has, with a warning.
         statistics: a file that `surgeon calibrate` wrote, in place of data.
@@ -155,6 +166,7 @@ def prune(
             "score": named(score, score_options),
             "select": named(select, select_options),
             "compensate": named(compensate, compensate_options),
+            "then": named(then, then_options),
         },
         target=target,
         seed=seed,
@@ -184,12 +196,12 @@ def run(
         rounds: folder where finished rounds of a schedule are kept, and found by a run after.
         verify: compare with the masked reference now.
     """
-    _check_asked(recipe)
+    passes = Passes.of(recipe.passes)
+    _check_asked(recipe, passes)
     stored = None if calibration is not None else _stored_of(recipe)
     origin = _opened(source, opening)
     start = time.perf_counter()
     budget = budget_of(origin, recipe)
-    passes = Passes.of(recipe.passes)
     spelled = _spelled(recipe, passes).to_data()
     data = calibration or _data_of(recipe)
 
@@ -197,7 +209,7 @@ def run(
         seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
         made = _result(origin, plan, tensors, recipe.target)
         report = report_of(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
-        return replace(made, report=replace(report, as_recipe=spelled))
+        return replace(made, report=replace(report, as_recipe=spelled, sparsity=made.sparsity()))
 
     if recipe.schedule is not None:
         from surgeon.iterating import Keep, State, iterate
@@ -229,12 +241,16 @@ def _replayed(
     result = _result(origin, plan, rewrites or {}, target)
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = report_of(origin, result.plan, entries, (), None, seconds)
+    report = replace(report, sparsity=result.sparsity())
     return _finished(replace(result, report=report), verify)
 
 
-def _check_asked(recipe: Recipe) -> None:
-    """Refuses a recipe that doesn't say how much is to go."""
+def _check_asked(recipe: Recipe, passes: Passes) -> None:
+    """Refuses a recipe that doesn't say how much is to go, or says it of nothing."""
     budget = recipe.budget
+    if passes.select is None:
+        _check_whole(recipe, passes)
+        return
     if budget.ratio is None and not budget.roles:
         raise SurgeonError(
             Code.BAD_RATIO,
@@ -247,6 +263,39 @@ def _check_asked(recipe: Recipe) -> None:
         check_ratio(budget.ratio, "--ratio")
     for role, share in budget.roles.items():
         check_ratio(share, f"--role {role}")
+
+
+def _check_whole(recipe: Recipe, passes: Passes) -> None:
+    """Refuses, where nothing is removed, what says how much is to be, and passes without effect."""
+    budget = recipe.budget
+    said = {
+        "--ratio": budget.ratio is not None,
+        "--role": bool(budget.roles),
+        "--limit": bool(budget.limits),
+        "--multiple-of": bool(budget.multiple_of),
+        "--measure": budget.measure != "parameters",
+        "--latency": budget.latency is not None,
+        "--tensor-parallel": budget.tensor_parallel != 1,
+        "schedule": recipe.schedule is not None,
+    }
+    names = ", ".join(p.label for p in passes.every)
+    for option, given in said.items():
+        if given:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{option} would not be looked at",
+                at=option,
+                why=f"no pass of this recipe removes anything: it has {names}",
+                try_="a score and a selection; or the option of a pass: see 'surgeon passes'",
+            )
+    if not passes.then:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "this recipe leaves the model as it was",
+            at=names,
+            why="nothing is removed, and every pass is exact: the model computes what it did",
+            try_="a score and a selection, or a transform after these",
+        )
 
 
 def _opened(source: Any, opening: Mapping[str, Any]) -> Model:
@@ -289,6 +338,7 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
         counted=counted,
         axes=axes,
         branches=branches,
+        params=allowed_params(origin.program, asked.freeze, asked.only),
         multiple_of=wanted,
         measure=asked.measure,
         limits=dict(asked.limits),
@@ -350,7 +400,7 @@ _NO_REPORT = Report({}, (), {}, {}, (), (), {}, {})
 
 def _finished(result: Pruned, verify: bool) -> Pruned:
     verify_program(result.program)
-    if verify and result.origin.tensors is not None and not result.plan.empty:
+    if verify and result.origin.tensors is not None and result.changed:
         found = result.verify()
         result = replace(result, report=replace(result.report, verification=found.to_json()))
     return result

@@ -92,32 +92,45 @@ class Named:
 class Passes:
     """The passes of one prune, built, in the order in which they run."""
 
-    score: Named
-    select: Named
     transform: tuple[Named, ...] = ()
+    score: Named | None = None
+    select: Named | None = None
     compensate: tuple[Named, ...] = ()
+    then: tuple[Named, ...] = ()
 
     @classmethod
     def of(cls, steps: Iterable[Step]) -> Passes:
-        """Returns the passes that a recipe names: one score, one select, any number of the others.
+        """Returns the passes that a recipe names: one score and one select or neither, and others.
+
+        Where nothing is selected, transforms that are not exact, and what follows them, stand
+        `then`: the dense model that others are compared with stays what it was.
 
         Raises:
             SurgeonError: `no-such-pass`, or `bad-option` for one that a pass hasn't.
         """
         made = [Named(s.kind, s.name, build(s.kind, s.name, s.options)) for s in steps]
-        (score,) = (p for p in made if p.kind == "score")
-        (select,) = (p for p in made if p.kind == "select")
+        score = next((p for p in made if p.kind == "score"), None)
+        select = next((p for p in made if p.kind == "select"), None)
+        lossy = (i for i, p in enumerate(made) if p.kind == "transform" and not p.made.exact)
+        first = next(lossy, len(made)) if score is None else made.index(score)
         return cls(
+            tuple(made[:first]),
             score,
             select,
-            tuple(p for p in made if p.kind == "transform"),
             tuple(p for p in made if p.kind == "compensate"),
+            tuple(p for p in made[first:] if p.kind == "transform"),
         )
+
+    @property
+    def later(self) -> tuple[Named, ...]:
+        """What runs after the first transforms."""
+        chosen = tuple(p for p in (self.score, self.select) if p is not None)
+        return (*chosen, *self.compensate, *self.then)
 
     @property
     def every(self) -> tuple[Named, ...]:
         """All of them, in order."""
-        return (*self.transform, self.score, self.select, *self.compensate)
+        return (*self.transform, *self.later)
 
     @property
     def look(self) -> bool:
@@ -153,12 +166,13 @@ def planned(
     """Returns the plan, the tensors that replace others before it is applied, and their record.
 
     Transforms run first, and what comes after sees their weights as the model's own. Then indices
-    are scored and selected. Each compensation sees, in weights and in the pruned model, what those
-    before it replaced; the dense model stays what it was.
+    are scored and selected. Each compensation, and each transform after those, sees, in weights and
+    in the pruned model, what those before it replaced; the dense model stays what it was. Passes
+    that select nothing give the empty plan.
 
     Args:
         origin: the model.
-        passes: what transforms, scores, selects and compensates.
+        passes: what transforms, scores, selects, compensates and transforms again.
         budget: how much is to go, and from where.
         calibration: the data for passes that look at what the model computes, or statistics that
             were gathered before.
@@ -171,23 +185,32 @@ def planned(
     verify_program(origin.program)
     run = _Run(origin, budget, seed)
     data = run.gathered(passes, calibration) if passes.look else None
-    later = (passes.score, passes.select, *passes.compensate)
     changed: dict[str, Any] = {}
     for step in passes.transform:
         # What is known of most values outlasts an exact change: one walk serves the later passes.
-        context = run.context(changed, data, (step, *(later if step.made.exact else ())))
+        context = run.context(changed, data, (step, *(passes.later if step.made.exact else ())))
         made = run.rewriting(step, lambda c=context, p=step: p.made.transform(c), context)
         changed.update(made)
         if data is not None and made:
             data = data.with_rewrites(made, dense=True, exact=step.made.exact)
-    context = run.context(changed, data, later)
-    plan = run.select(context, passes)
+    plan = Plan()
+    if passes.score is not None and passes.select is not None:
+        context = run.context(changed, data, passes.later)
+        plan = run.select(context, passes.score, passes.select)
     mended: dict[str, Any] = {}
-    for number, step in enumerate(passes.compensate):
+    after = (*passes.compensate, *passes.then)
+    for number, step in enumerate(after):
         seen = data.with_rewrites(mended, dense=False) if data is not None and mended else data
-        context = run.context({**changed, **mended}, seen, passes.compensate[number:])
-        mended |= run.rewriting(step, lambda c=context, p=step: p.made.compensate(c, plan), context)
+        context = run.context({**changed, **mended}, seen, after[number:], plan)
+        mended |= run.rewriting(step, lambda c=context, p=step: _called(p, c), context)
     return Planned(plan, {**changed, **mended}, tuple(run.results), tuple(run.notes))
+
+
+def _called(step: Named, context: Context) -> Any:
+    """Returns what a pass that stands after the selection makes."""
+    if step.kind == "compensate":
+        return step.made.compensate(context, context.plan)
+    return step.made.transform(context)
 
 
 class _Run:
@@ -200,7 +223,11 @@ class _Run:
         self.notes: list[str] = []
 
     def context(
-        self, rewrites: Mapping[str, Any], data: Driven | None, passes: Sequence[Named]
+        self,
+        rewrites: Mapping[str, Any],
+        data: Driven | None,
+        passes: Sequence[Named],
+        plan: Plan | None = None,
     ) -> Context:
         """Returns what a pass is handed where these tensors are replaced.
 
@@ -208,6 +235,7 @@ class _Run:
             rewrites: by parameter; taken as it is now.
             data: calibration data of that model.
             passes: those that are going to look at it.
+            plan: what goes, once that is decided.
         """
         now = dict(rewrites)
 
@@ -226,6 +254,7 @@ class _Run:
             notes=[],
             calibration=data,
             budget=self.budget,
+            plan=plan or Plan(),
         )
 
     def note(
@@ -246,9 +275,9 @@ class _Run:
         self.note(step, context, time.perf_counter() - start, of_tensors(made))
         return made
 
-    def select(self, context: Context, passes: Passes) -> Plan:
+    def select(self, context: Context, score: Named, select: Named) -> Plan:
         """Returns the selection's plan, checked; scores are made when it asks for them."""
-        axes, scorer = self.origin.axes, passes.score.made
+        axes, scorer = self.origin.axes, score.made
         spent, seen = [0.0], dict[str, Any]()
         own = replace(context, notes=[])
 
@@ -256,17 +285,17 @@ class _Run:
             begin = time.perf_counter()
             wanted = tuple(names)
             found = scorer.score(replace(own, targets=wanted))
-            check_scores(axes, passes.score.label, wanted, found)
+            check_scores(axes, score.label, wanted, found)
             seen.update({name: found[name] for name in wanted})
             spent[0] += time.perf_counter() - begin
             return found
 
         start = time.perf_counter()
         given = GetScores(scores, scorer.unit, scorer.cumulative)
-        made = passes.select.made.select(context, given, self.budget)
+        made = select.made.select(context, given, self.budget)
         whole = time.perf_counter() - start
-        plan = check_selected(axes, passes.select.label, made, self.budget)
-        self.note(passes.score, own, spent[0], of_scores(seen, axes))
+        plan = check_selected(axes, select.label, made, self.budget)
+        self.note(score, own, spent[0], of_scores(seen, axes))
         effect = of_plan(
             axes,
             plan,
@@ -275,7 +304,7 @@ class _Run:
             unit=scorer.unit,
             cumulative=scorer.cumulative,
         )
-        self.note(passes.select, context, whole - spent[0], effect)
+        self.note(select, context, whole - spent[0], effect)
         return plan
 
     def gathered(self, passes: Passes, calibration: Recipe | Windows | Stored | None) -> Driven:

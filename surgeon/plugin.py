@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from surgeon.axes.axes import Axes, Axis
@@ -21,7 +21,7 @@ from surgeon.axes.budget import Budget, count
 from surgeon.axes.channels import occurrences
 from surgeon.axes.consumers import Consumer, Contraction, consumers, contractions
 from surgeon.axes.meter import Meter, Part
-from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, merged
+from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, dropped, merged
 from surgeon.axes.producers import Producer, ending, producers
 from surgeon.axes.scales import Scale, limit, scales
 from surgeon.axes.surgery import operate
@@ -89,6 +89,7 @@ __all__ = [
     "count",
     "counts",
     "cut",
+    "dropped",
     "ending",
     "limit",
     "merged",
@@ -146,6 +147,12 @@ class Calibration(Protocol):
         """Returns the parameters solved for, in the program's order."""
         ...
 
+    def with_rewrites(
+        self, rewrites: Mapping[str, Any], *, dense: bool, exact: bool = False
+    ) -> Calibration:
+        """Returns the same data on a model in which some tensors are replaced."""
+        ...
+
 
 @dataclass(frozen=True)
 class Context:
@@ -159,6 +166,8 @@ class Context:
         notes: gets what the pass has to say to the user.
         calibration: what the model computes on data, for passes that need it.
         budget: what is to go in all; its `axes` and `branches` are all that may.
+        plan: what goes, for passes that stand after the selection; before it, and where nothing
+            is selected, the empty plan.
     """
 
     axes: Axes
@@ -168,6 +177,7 @@ class Context:
     notes: list[str] = field(default_factory=list[str])
     calibration: Calibration | None = None
     budget: Budget = field(default_factory=Budget)
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def program(self) -> Program:
@@ -257,6 +267,19 @@ class Context:
         """
         return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows)
 
+    def after(self, rewrites: Mapping[str, Any]) -> Context:
+        """Returns what a pass sees once these tensors stand in the smaller model.
+
+        For passes that go over the model several times; the dense model stays what it was.
+        """
+
+        def weights(name: str) -> Any:
+            return rewrites[name] if name in rewrites else self.weights(name)
+
+        data = self.calibration
+        data = None if data is None else data.with_rewrites(rewrites, dense=False)
+        return replace(self, weights=weights, calibration=data)
+
     def unable(self, target: str, why: str) -> SurgeonError:
         """Returns the refusal of a pass that can't treat an axis or a branch."""
         return SurgeonError(
@@ -329,7 +352,11 @@ class CompensatePass(Pass):
 
 
 class TransformPass(Pass):
-    """Changes the weights without removing an index by itself."""
+    """Changes the weights without removing an index by itself.
+
+    Before the selection it makes the model that others score. After it, it is handed the plan and
+    the weights as compensated, and what it gives is, like theirs, of full size.
+    """
 
     exact: ClassVar[bool] = False
     """Whether the model computes what it did, as after a change of basis."""

@@ -35,6 +35,8 @@ class Report:
 
     `recipe` tells of each pass: what it is called, its options, seconds, effect and notes.
     `as_recipe` is what a recipe's file would say, every option spelled out; it gives the same plan.
+    `sparsity` tells of zeros among the weights, by parameter and in all, and what they save where;
+    it is None where there are none to speak of.
     """
 
     source: Mapping[str, str]
@@ -49,6 +51,7 @@ class Report:
     target: Mapping[str, Any] = field(default_factory=dict[str, Any])
     verification: Mapping[str, Any] | None = None
     as_recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    sparsity: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Returns the report as JSON text."""
@@ -69,6 +72,11 @@ class Pruned:
     def is_graph(self) -> bool:
         """Whether the result is a graph rather than a Transformers model."""
         return self.origin.source is None or self.target != "transformers"
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is removed, or has other weights."""
+        return bool(self.rewrites) or not self.plan.empty
 
     @property
     def axes(self) -> Axes:
@@ -95,6 +103,21 @@ class Pruned:
         from surgeon.runtime.apply import removed
 
         return removed(self.selection, name, self.full(name))
+
+    def sparsity(self) -> Mapping[str, Any] | None:
+        """Returns what a report says of zeros among the weights that were replaced."""
+        if not self.rewrites or self.origin.tensors is None:
+            return None
+        from surgeon.report.sparsity import sparsity_of
+        from surgeon.runtime.apply import removed
+
+        def before(name: str) -> torch.Tensor:
+            return removed(self.selection, name, self.origin.read(name))
+
+        def width(name: str) -> int:
+            return self.origin.dtype(name).itemsize
+
+        return sparsity_of(self.program, sorted(self.rewrites), self.tensor, before, width)
 
     @cached_property
     def emission(self) -> Emission:

@@ -37,6 +37,8 @@ class Budget:
         counted: parameters that the ratio is a share of, where parameters are what is measured.
         axes: names of the axes that may be cut.
         branches: names of the branches that may be dropped.
+        params: names of the parameters whose weights a transform may set to zero or round; None
+            for all.
         multiple_of: by axis name or role, what its kept count has to be a multiple of: both hold,
             and so does what `tensor_parallel` takes. An axis that isn't named may keep any number,
             and any may be left whole.
@@ -56,6 +58,7 @@ class Budget:
     counted: tuple[str, ...] = ()
     axes: frozenset[str] = frozenset()
     branches: frozenset[str] = frozenset()
+    params: frozenset[str] | None = None
     multiple_of: Mapping[str, int] = field(default_factory=dict[str, int])
     measure: Measure = "parameters"
     limits: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -244,6 +247,27 @@ def allowed(
     return (
         frozenset(a.name for a in axes.axes if a.prunable and a.size > 1 and may(a)),
         frozenset(b.name for b in axes.branches if may(b)),
+    )
+
+
+def allowed_params(
+    program: Program, freeze: Iterable[str], only: Iterable[str]
+) -> frozenset[str] | None:
+    """Returns the names of the parameters that may get other weights; None for all.
+
+    Args:
+        program: the program.
+        freeze: globs over parameters and module paths that stay what they are. Those over axes and
+            roles are about what is removed, and don't count here.
+        only: globs of the same kind; if given, every other parameter stays what it is.
+    """
+    freeze, only = tuple(freeze), tuple(only)
+    if not freeze and not only:
+        return None
+    return frozenset(
+        p.name
+        for p in program.params
+        if not _matches(freeze, (p.name,)) and (not only or _matches(only, (p.name,)))
     )
 
 

@@ -32,6 +32,8 @@ def print_report(report: Report, out: Path | None) -> None:
     console.print(before_after(rows, title=str(out) if out else "plan (nothing is written)"))
     removed = report.ratio["removed"]
     console.print(f"removed {removed:.3%} of the decoder parameters", highlight=False)
+    if report.sparsity:
+        _print_sparsity(report.sparsity)
     if report.branches:
         console.print(f"dropped {', '.join(report.branches)}", highlight=False)
     for note in report.notes:
@@ -40,6 +42,26 @@ def print_report(report: Report, out: Path | None) -> None:
         console.print(f"written as {report.target.get('architecture', report.target['name'])}")
     if report.verification:
         print_verification(report.verification)
+
+
+def _print_sparsity(found: Any) -> None:
+    """Shows how many weights are zero, and what that saves where."""
+    from rich.console import Console
+
+    from surgeon.report.tables import Unit, text
+
+    console = Console()
+    pattern = f", {found['pattern']} along the inputs" if found["pattern"] else ""
+    console.print(
+        f"zeros: {found['sparsity']:.1%} of {found['weights']:,} weights in "
+        f"{len(found['parameters'])} parameters{pattern}",
+        highlight=False,
+    )
+    for row in found["saves"]:
+        sizes = " to ".join(text(row[key], Unit.BYTES) for key in ("before", "after"))
+        saved = f"{sizes} ({row['share']:.4g}x)" if row["after"] != row["before"] else ""
+        said = "; ".join(part for part in (saved, row["says"]) if part)
+        console.print(f"  in {row['where']}: {said}", highlight=False)
 
 
 def print_verification(found: Any) -> None:

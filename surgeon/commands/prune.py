@@ -40,7 +40,16 @@ ReplaysAlone = (
     *("recipe", "ratio", "role", "freeze", "only", "seed"),
     *("measure", "latency", "limit", "multiple_of", "tensor_parallel"),
     *("transform", "transform_option", "score", "score_option", "select", "select_option"),
-    *("compensate", "compensate_option", "calibration", "samples", "length", "statistics"),
+    *(
+        "compensate",
+        "compensate_option",
+        "then",
+        "then_option",
+        "calibration",
+        "samples",
+        "length",
+        "statistics",
+    ),
 )
 """Options of `prune` that would make another plan than the one that is replayed."""
 
@@ -152,6 +161,9 @@ def prune(
     compensate: Annotated[
         list[str] | None, typer.Option(help="compensation pass; several in order; none for none")
     ] = None,
+    then: Annotated[
+        list[str] | None, typer.Option(help="pass that changes weights last; several in order")
+    ] = None,
     transform_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the transforms")
     ] = None,
@@ -163,6 +175,9 @@ def prune(
     ] = None,
     compensate_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the compensation passes")
+    ] = None,
+    then_option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the transforms that stand last")
     ] = None,
     calibration: CalibrationOption = None,
     samples: Annotated[int | None, typer.Option(help="windows of calibration data")] = None,
@@ -232,6 +247,7 @@ def prune(
                     ("score", None if score is None else (score,), score_option),
                     ("select", None if select is None else (select,), select_option),
                     ("compensate", _chosen(compensate), compensate_option),
+                    ("then", _chosen(then), then_option),
                 )
             },
             target=to,
@@ -319,7 +335,7 @@ def recipe(
 
     if of is None:
         for name in shipped():
-            typer.echo(f"{name:10} {about(name)}")
+            typer.echo(f"{name:17} {about(name)}")
         return
     folder = Path(of)
     if of in shipped() and not (folder / "surgeon.json").is_file():

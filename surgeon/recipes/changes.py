@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgeon.errors import Code, SurgeonError
-from surgeon.recipes.schema import Recipe, SourceKeys, Step
+from surgeon.recipes.schema import Recipe, SourceKeys, Step, misplaced
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Changes:
         budget: by key of a recipe's budget. What is by name (roles, limits, multiples) is added
             to the recipe's; the rest replaces.
         calibration: by key of a recipe's calibration.
-        passes: by kind of pass.
+        passes: by place (`surgeon.recipes.schema.PLACES`): a kind of pass, or `then`.
         target: of the result.
         seed: for passes and calibration windows.
         model: what the recipe is for.
@@ -69,7 +69,11 @@ class Changes:
     model: str | None = None
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """Returns the recipe with these changes."""
+        """Returns the recipe with these changes.
+
+        Raises:
+            SurgeonError: `bad-option` where its passes no longer belong together.
+        """
         budget = {key: value for key, value in self.budget.items() if value not in (None, {})}
         for key in ("roles", "limits", "multiple_of"):
             if key in budget:
@@ -85,9 +89,20 @@ class Changes:
             data["sources"] = ()
         steps = [
             made
-            for kind in ("transform", "score", "select", "compensate")
-            for made in self.passes.get(kind, Named()).applied(kind, recipe.of(kind))
+            for place, own in recipe.placed.items()
+            for made in self.passes.get(place, Named()).applied(
+                "transform" if place == "then" else place, own
+            )
         ]
+        why = misplaced([made.kind for made in steps]) if steps else "no pass is left"
+        if why is not None:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "these passes don't make a recipe",
+                at=", ".join(f"{made.kind} {made.name}" for made in steps) or "--transform none",
+                why=why,
+                try_="a score and a selection, both or neither; or another recipe",
+            )
         top = {"target": self.target, "seed": self.seed, "model": self.model}
         updates: dict[str, Any] = {key: value for key, value in top.items() if value is not None}
         updates["passes"] = tuple(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +21,28 @@ from surgeon.axes.budget import Measure
 from surgeon.plugin import KINDS
 
 VERSION = 1
+
+PLACES = ("transform", "score", "select", "compensate", "then")
+"""Where passes may stand, in order. What stands `then` are transforms again."""
+
+
+def misplaced(kinds: Sequence[str]) -> str | None:
+    """Returns why passes of these kinds can't stand in this order; None where they can."""
+    for kind in ("score", "select"):
+        if kinds.count(kind) > 1:
+            return f"passes has {kinds.count(kind)} of kind {kind}, it needs one"
+    chosen = [kind for kind in kinds if kind != "transform"]
+    for kind in ("score", "select") if chosen else ():
+        if kind not in chosen:
+            return f"passes has 0 of kind {kind}, and {chosen[0]} needs one"
+    order = ["score", "select", "compensate"]
+    first = kinds.index(chosen[0]) if chosen else 0
+    if chosen != sorted(chosen, key=order.index) or "transform" in kinds[first:][: len(chosen)]:
+        return (
+            f"passes are in the order {', '.join(kinds)}; they run as transform, score, select, "
+            "compensate, transform"
+        )
+    return None
 
 
 def _fraction(value: Any) -> Any:
@@ -183,25 +206,24 @@ class Recipe(Strict):
     schedule: ScheduleKeys | None = None
     """In how many rounds; without it, one."""
 
-    passes: Annotated[tuple[Step, ...], Field(min_length=2)]
-    """In order: any transforms, one score, one select, any compensates."""
+    passes: Annotated[tuple[Step, ...], Field(min_length=1)]
+    """In order: any transforms; one score, one select and any compensates, or none of these; any
+    transforms again."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        order = ["transform", "score", "select", "compensate"]
-        kinds = [step.kind for step in self.passes]
-        for kind in ("score", "select"):
-            if kinds.count(kind) != 1:
-                raise ValueError(f"passes has {kinds.count(kind)} of kind {kind}, it needs one")
-        if kinds != sorted(kinds, key=order.index):
-            raise ValueError(
-                f"passes are in the order {', '.join(kinds)}; they run as {', '.join(order)}"
-            )
+        why = misplaced([step.kind for step in self.passes])
+        if why is not None:
+            raise ValueError(why)
         return self
 
-    def of(self, kind: str) -> tuple[Step, ...]:
-        """Returns the passes of one kind."""
-        return tuple(step for step in self.passes if step.kind == kind)
+    @property
+    def placed(self) -> Mapping[str, tuple[Step, ...]]:
+        """The passes by `PLACES`; where nothing is selected, every transform stands first."""
+        out: dict[str, list[Step]] = {place: [] for place in PLACES}
+        for step in self.passes:
+            out["then" if step.kind == "transform" and out["select"] else step.kind].append(step)
+        return {place: tuple(steps) for place, steps in out.items()}
 
     def to_data(self) -> dict[str, Any]:
         """Returns the recipe as plain values; what is not given is left out."""

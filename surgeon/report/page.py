@@ -86,6 +86,36 @@ def _figure(value: Any) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
+def _zeros(found: Mapping[str, Any]) -> str:
+    """Zeros among the weights: in all, what they save where, and by parameter."""
+    pattern = f", {found['pattern']} along the inputs" if found["pattern"] else ""
+    saves = (
+        (
+            row["where"],
+            text(row["before"], Unit.BYTES),
+            text(row["after"], Unit.BYTES),
+            f"{row['share']:.4g}",
+            row["says"],
+        )
+        for row in found["saves"]
+    )
+    own = (
+        (
+            one["name"],
+            " × ".join(map(str, one["shape"])),
+            f"{one['sparsity']:.1%}",
+            one["pattern"] or "",
+        )
+        for one in found["parameters"]
+    )
+    return (
+        f"<p>{found['sparsity']:.1%} of {found['weights']:,} weights{pattern}, "
+        f"{found['of_all']:.1%} of all parameters.</p>"
+        + _table(("where", "without zeros", "with them", "share", ""), saves)
+        + _table(("parameter", "shape", "zeros", "pattern"), own)
+    )
+
+
 def _recipe(report: Mapping[str, Any]) -> str:
     rows: list[Sequence[str]] = []
     for step in report["recipe"]:
@@ -156,6 +186,8 @@ def report_page(report: Mapping[str, Any], gone: Collection[str] = ()) -> str:
             scale,
         ),
     ]
+    if report.get("sparsity"):
+        sections.append(_section("Zeros", _zeros(report["sparsity"])))
     if report["branches"]:
         sections.append(_section("Dropped branches", _list(report["branches"])))
     sections += [

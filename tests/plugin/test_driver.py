@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from surgeon.effects import of_plan
 from surgeon.errors import Code, SurgeonError
 from surgeon.opening import Model, open_model
 from surgeon.plugin import Plan, cut
+from surgeon.saving import read_plan
 from tests import models
 from tests.plugin.conftest import Install
 
@@ -140,6 +142,25 @@ class Look(CompensatePass):
 '''
 
 
+SEE = LOOK.replace("Look", "See").replace("CompensatePass", "TransformPass")
+SEE = SEE.replace("compensate(self, context, plan)", "transform(self, context)")
+SEE = SEE.replace("context.sequential(plan", "context.sequential(context.plan")
+
+SAME = '''
+"""Says that it changes nothing."""
+from dataclasses import dataclass
+from surgeon.plugin import TransformPass
+
+@dataclass(frozen=True)
+class Same(TransformPass):
+    """Nothing is replaced."""
+    exact = True
+
+    def transform(self, context):
+        return {}
+'''
+
+
 @pytest.fixture(scope="module")
 def llama() -> Model:
     return open_model(models.tiny("Llama"))
@@ -154,7 +175,15 @@ def acme(install: Install) -> Iterator[None]:
     }
     before = set(sys.modules)
     install(
-        "acme", {**files, "score/seen.py": SEEN, "select/take.py": TAKE, "compensate/look.py": LOOK}
+        "acme",
+        {
+            **files,
+            "score/seen.py": SEEN,
+            "select/take.py": TAKE,
+            "compensate/look.py": LOOK,
+            "transform/see.py": SEE,
+            "transform/same.py": SAME,
+        },
     )
     yield
     for name in set(sys.modules) - before:
@@ -276,6 +305,121 @@ def test_writing_to_the_model_is_found_out(kind: str) -> None:
     steps = [step, *middle] if kind == "transform" else [*middle, step]
     error = refusal(open_model(model), f"{kind}/times", *steps)
     assert error.code is Code.BAD_PASS and error.at == DOWN
+
+
+# --- transforms after the selection --------------------------------------------------------------
+
+
+def test_a_transform_at_the_end_sees_the_plan_and_the_weights_as_compensated(llama: Model) -> None:
+    steps = (
+        times("transform", DOWN, 3),
+        {"score": "seen"},
+        take(),
+        times("compensate", DOWN, 5),
+        times("transform", DOWN, 7),
+        times("transform", UP, 11),
+    )
+    pruned = surgeon.prune(llama, recipe=recipe(*steps))
+    torch.testing.assert_close(pruned.rewrites[DOWN], llama.read(DOWN) * (3 * 5 * 7))
+    torch.testing.assert_close(pruned.rewrites[UP], llama.read(UP) * 11)
+    assert [c.axis for c in pruned.plan.cuts] == [FFN]
+    # The order survives in what a result keeps of its recipe, and gives the same once more.
+    assert [next(iter(step.items())) for step in pruned.report.as_recipe["passes"]] == [
+        next(iter(step.items())) for step in steps
+    ]
+    again = surgeon.prune(llama, recipe=pruned.report.as_recipe)
+    assert again.plan == pruned.plan
+    assert all(torch.equal(again.rewrites[n], t) for n, t in pruned.rewrites.items())
+
+
+def test_a_transform_at_the_end_looks_at_the_smaller_model_beside_the_dense_one(
+    llama: Model,
+) -> None:
+    data = Data((Piece([3 + 7 * i % 89 for i in range(400)]),), 4, 16)
+
+    def looked(*steps: dict[str, Any]) -> list[float]:
+        made = surgeon.prune(llama, recipe=recipe(*steps), calibration=data, verify=False)
+        return [float(number) for number in made.report.notes[-1].split()]
+
+    def chosen(kept: int, *steps: dict[str, Any]) -> list[float]:
+        return looked({"score": "seen"}, take(kept=kept), *steps)
+
+    see = {"transform": "see", "param": DOWN}
+    look = {"compensate": "look", "param": DOWN}
+    dense, pruned, cross = chosen(8, see)
+    assert pruned < dense and [dense, pruned, cross] == chosen(8, look)
+    twice = times("transform", UP, 2)
+    assert chosen(8, twice, see) == pytest.approx([dense, 4 * pruned, 2 * cross])
+    assert chosen(8, times("compensate", UP, 3), twice, see) == pytest.approx(
+        [dense, 36 * pruned, 6 * cross]
+    )
+
+
+def test_without_a_selection_nothing_is_removed_and_the_dense_model_stays(llama: Model) -> None:
+    data = Data((Piece([3 + 7 * i % 89 for i in range(400)]),), 4, 16)
+    steps = [{"transform": "same"}, times("transform", UP, 2), {"transform": "see", "param": DOWN}]
+    told = {"version": 1, "passes": steps}
+    pruned = surgeon.prune(llama, recipe=told, calibration=data)
+    dense, seen, cross = (float(number) for number in pruned.report.notes[-1].split())
+    assert [seen, cross] == pytest.approx([4 * dense, 2 * dense])
+    assert pruned.plan.cuts == () and pruned.rewrites.keys() == {UP}
+    assert pruned.report.parameters["total"]["before"] == pruned.report.parameters["total"]["after"]
+    assert pruned.report.verification is not None  # the same shapes with other weights
+    assert [step["transform"] for step in pruned.report.as_recipe["passes"]] == [
+        step["transform"] for step in steps
+    ]
+
+
+def test_a_result_of_the_same_shape_is_written_verified_and_replayed(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    models.build("Llama").save_pretrained(source)
+    told = {"version": 1, "passes": [times("transform", UP, 2)]}
+    out, again = tmp_path / "out", tmp_path / "again"
+    surgeon.prune(source, recipe=told).save(out)
+    assert surgeon.verify(out).largest <= 1e-4
+    written = surgeon.open_model(out)
+    torch.testing.assert_close(written.read(UP), surgeon.open_model(source).read(UP) * 2)
+    plan, rewrites = read_plan(out)
+    assert plan.cuts == () and plan.rewrites == (UP,)
+    surgeon.prune(source, plan=plan, rewrites=rewrites).save(again)
+    assert torch.equal(surgeon.open_model(again).read(UP), written.read(UP))
+    from surgeon.recipes.runs import of_run
+
+    assert [step.to_data() for step in of_run(out).passes] == told["passes"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "more", "at", "says"),
+    [
+        ([times("transform", UP)], {"ratio": 0.1}, "--ratio", "removes anything"),
+        ([times("transform", UP)], {"roles": {"ffn": 0.1}}, "--role", "transform/times"),
+        ([times("transform", UP)], {"multiple_of": {"ffn": 2}}, "--multiple-of", "removes"),
+        ([{"transform": "same"}], {}, "transform/same", "every pass is exact"),
+        ([times("transform", UP)], {"score": "seen"}, "transform times, score seen", "of kind sel"),
+        ([times("transform", UP)], {"transform": []}, "--transform none", "no pass is left"),
+    ],
+)
+def test_what_says_nothing_without_a_selection_is_refused(
+    llama: Model, passes: list[dict[str, Any]], more: dict[str, Any], at: str, says: str
+) -> None:
+    with pytest.raises(SurgeonError) as caught:
+        surgeon.prune(llama, recipe={"version": 1, "passes": passes}, verify=False, **more)
+    assert caught.value.code is Code.BAD_OPTION and caught.value.at == at
+    assert says in caught.value.why
+
+
+def test_rounds_without_a_selection_are_refused(llama: Model) -> None:
+    told = {"version": 1, "schedule": {"rounds": 2}, "passes": [times("transform", UP)]}
+    with pytest.raises(SurgeonError, match="schedule would not be looked at"):
+        surgeon.prune(llama, recipe=told)
+
+
+def test_transforms_at_the_end_can_be_named_beside_a_recipe(llama: Model) -> None:
+    steps = recipe({"score": "seen"}, take())
+    options = {"param": UP, "by": 3}
+    pruned = surgeon.prune(llama, recipe=steps, then=["times"], then_options=options, verify=False)
+    torch.testing.assert_close(pruned.rewrites[UP], llama.read(UP) * 3)
+    assert pruned.report.as_recipe["passes"][-1] == times("transform", UP, 3)
 
 
 # --- predicted loss ------------------------------------------------------------------------------

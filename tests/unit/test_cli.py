@@ -18,6 +18,7 @@ COMMANDS = {
     "prune": (
         "--output --to --recipe --ratio --role --freeze --only --transform --score --select "
         "--transform-option --score-option --select-option --compensate --compensate-option "
+        "--then --then-option "
         "--measure --limit --multiple-of --tensor-parallel "
         "--calibration --samples --length --statistics --plan --seed --dry-run --overwrite "
         "--no-verify --json --trust-remote-code"

@@ -146,8 +146,10 @@ def test_a_wrong_key_or_value_is_named(change: str, at: str, why: str, try_: str
     ("passes", "says"),
     [
         ("x", "list"),
-        ("[]", "at least 2"),
-        ("[{score: magnitude}]", "at least 2"),
+        ("[]", "at least 1"),
+        ("[{score: magnitude}]", "0 of kind select, and score needs one"),
+        ("[{compensate: bias}]", "0 of kind score, and compensate needs one"),
+        ("[{score: magnitude}, {transform: value_output}, {select: uniform}]", "order score, tr"),
         ("[3, {select: uniform}]", "passes[0]"),
         ("[{scores: magnitude}, {select: uniform}]", "this has scores"),
         ("[{score: magnitude, select: uniform}, {select: uniform}]", "score and select"),
@@ -159,6 +161,21 @@ def test_a_wrong_key_or_value_is_named(change: str, at: str, why: str, try_: str
 )
 def test_passes_are_one_score_and_one_select_in_order(passes: str, says: str) -> None:
     assert says in str(refusal(f"version: 1\npasses: {passes}"))
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "[{transform: value_output}]",
+        "[{transform: value_output}, {score: obs}, {select: uniform}, {transform: rotate_hidden}]",
+        "[{score: obs}, {select: uniform}, {compensate: bias}, {transform: value_output}]",
+    ],
+)
+def test_transforms_stand_before_and_after_and_keep_their_places(passes: str) -> None:
+    found = from_text(f"version: 1\npasses: {passes}", "r.yaml")
+    assert [step.to_data() for step in found.passes] == yaml.safe_load(passes)
+    assert from_text(to_yaml(found), "again") == found
+    assert Changes().applied(found).passes == found.passes
 
 
 @pytest.mark.parametrize(
@@ -422,8 +439,9 @@ IDS = Data((Piece([3 + 7 * i % 89 for i in range(400)]),), 6, 16)
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_a_recipe_that_ships_meets_a_ratio_and_is_verified(name: str) -> None:
     model = models.tiny("Llama", num_hidden_layers=4) if name == "depth" else models.tiny("Llama")
-    made = surgeon.prune(model, recipe=name, ratio=0.3, calibration=IDS)
-    assert abs(made.report.ratio["removed"] - 0.3) < 0.05
+    asked = 0.3 if load_recipe(name).placed["select"] else None
+    made = surgeon.prune(model, recipe=name, ratio=asked, calibration=IDS)
+    assert abs(made.report.ratio["removed"] - (asked or 0)) < 0.05
     assert made.report.verification is not None
     assert made.report.verification["largest"] <= 1e-4
     assert bool(made.plan.branches) == (name == "depth")

@@ -64,13 +64,15 @@ def one(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    from surgeon.recipes import shipped
+    from surgeon.recipes import load_recipe, shipped
 
+    # Those that remove something: a ratio means nothing to the others.
+    every = [name for name in shipped() if load_recipe(name).placed["select"]]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("calibration", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--recipes", default=",".join(shipped()))
+    parser.add_argument("--recipes", default=",".join(every))
     parser.add_argument("--ratios", default=",".join(map(str, RATIOS)))
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--any-shape", action="store_true", help="a graph, which any plan fits")
