@@ -115,8 +115,7 @@ class Pruned:
 
     @property
     def source(self) -> Source | None:
-        """What the result takes from its source: configuration and tokenizer, renumbered where
-        the plan renumbers token ids."""
+        """What the result takes from its source: configuration and tokenizer, with their ids."""
         return self._smaller.source if self._smaller else self.origin.source
 
     @cached_property

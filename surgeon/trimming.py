@@ -76,5 +76,3 @@ def trimmed(pruned: Pruned, trimming: Trimmed | None) -> Pruned:
     facts = {**report.vocabulary, **trimming.found.facts} if report.vocabulary else {}
     report = replace(report, as_recipe=before.as_recipe, vocabulary=facts)
     return replace(pruned, plan=plan, report=report)
-
-

@@ -1,4 +1,4 @@
-"""Small tokenizers, trained on this project's own texts, and tiny models with their vocabularies."""
+"""Small tokenizers, trained on this project's own texts, and tiny models that have them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from tests.command import ROOT, checkpoint
 SIZE = 700
 """Tokens of a trained tokenizer, about."""
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant, what now?\n{% endif %}"
+)
 
 
 @cache

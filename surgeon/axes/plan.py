@@ -179,11 +179,19 @@ def check(axes: Axes, plan: Plan) -> Plan:
                 f"{c.axis} can't be pruned",
                 at=pins[0].where or c.axis,
                 why=pins[0].why,
-                try_="leave this axis out of the plan",
+                try_=_instead(axis, plan),
                 data={"axis": c.axis, "pins": [r.why for r in pins]},
             )
         _check_cut(axes, axis, c)
     return plan
+
+
+def _instead(axis: Axis, plan: Plan) -> str:
+    """Returns what to do about an axis that can't be cut."""
+    leave = "leave this axis out of the plan"
+    if axis.role != "vocab" or plan.renumbered:
+        return leave
+    return f"{leave}; --trim-vocab FILE cuts the vocabulary and renumbers its tokens"
 
 
 def _pins(axes: Axes, axis: Axis, plan: Plan) -> tuple[Reason, ...]:

@@ -167,7 +167,9 @@ def prune(
     ] = None,
     trim_vocab: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="text whose tokens stay: the vocabulary loses the others"),
+        typer.Option(
+            metavar="FILE", help="text whose tokens stay: the vocabulary loses the others"
+        ),
     ] = None,
     vocab_keep: Annotated[
         int | None, typer.Option(help="the most tokens that may stay, the most frequent first")

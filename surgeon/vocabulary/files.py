@@ -40,6 +40,22 @@ class Tokenizer:
         """Returns token ids, no special ones added."""
         return encode(self.loaded, texts)
 
+    def template(self) -> tuple[tuple[str, ...], str]:
+        """Returns what the chat template writes by itself, or else what to say of it."""
+        if not self.loaded.chat_template:
+            return (), ""
+        from jinja2 import TemplateError
+
+        chat = [{"role": role, "content": ""} for role in ("user", "assistant", "user")]
+        try:
+            text = self.loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            return (), (
+                f"the chat template refuses a conversation of empty messages ({error}): its own "
+                "words stay only where the corpus or `always` has them"
+            )
+        return (text,), ""
+
 
 def encode(loaded: Any, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of texts, no special ones added."""
@@ -71,7 +87,7 @@ def of_loaded(source: Source, loaded: Any) -> Tokenizer:
     Raises:
         SurgeonError: `bad-option` where it is none that Surgeon can trim.
     """
-    backend = getattr(loaded, "backend_tokenizer", None)
+    backend: Any = getattr(loaded, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         raise refused(
             f"its tokenizer, {type(loaded).__name__}, is not one of the library tokenizers",

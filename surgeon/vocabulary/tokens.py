@@ -79,8 +79,10 @@ class Tokens:
 
     @cached_property
     def base(self) -> frozenset[int]:
-        """What any text needs, so that none of it is unknown: bytes or single characters, and what
-        the tokenizer finds before its model or falls back to."""
+        """What any text needs, so that none of it is unknown.
+
+        That is bytes or single characters, added tokens, and what stands for unknown ones.
+        """
         found = set(self.added.values())
         if self.model.get("unk_token") in self.ids:
             found.add(self.ids[self.model["unk_token"]])

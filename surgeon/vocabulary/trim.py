@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ def trim(axes: Axes, source: Source | None, wanted: Wanted) -> Trimming:
     if beyond or max(tokens.by_id) >= rows:
         raise refused(f"the embedding has {rows:,} rows, fewer than its tokenizer has", source.id)
     corpus = Corpus.of(wanted.corpus, tokenizer)
-    named = tokenizer.encode(wanted.always)
+    spoken, said = tokenizer.template()
+    named = tokenizer.encode((*wanted.always, *spoken))
     always = {*tokens.base, *(one for row in named for one in row), *_meant(source, rows)}
     kept = choose(
         tokens,
@@ -154,7 +156,7 @@ def trim(axes: Axes, source: Source | None, wanted: Wanted) -> Trimming:
     if len(kept) == rows:
         return Trimming(Plan(), {}, ("the corpus needs every token: the vocabulary stays",))
     facts, notes = _tried(corpus, SmallerSource(source, kept, tokenizer), kept)
-    return Trimming(plan_of(axes, kept), facts, notes)
+    return Trimming(plan_of(axes, kept), facts, (*notes, *([said] if said else ())))
 
 
 def rows_of(axes: Axes, where: str) -> int:
@@ -178,8 +180,6 @@ def plan_of(axes: Axes, kept: Sequence[int]) -> Plan:
 
 def _meant(source: Source, rows: int) -> set[int]:
     """Returns the tokens that have a meaning in a configuration or a template."""
-    import json
-
     found = rewrite.config_ids(source.config.to_dict(), rows)
     if source.generation_config is not None:
         found |= rewrite.config_ids(source.generation_config.to_dict(), rows)

@@ -70,7 +70,9 @@ def test_a_token_is_built_from_what_merging_passes_through() -> None:
 def test_a_trimmed_tokenizer_is_smaller_and_keeps_what_it_adds(kind: str) -> None:
     before, (after, numbers) = full(kind), small(kind)
     assert len(after) == len(numbers) < len(before)
-    assert after.get_vocab() == {t: numbers[i] for t, i in before.get_vocab().items() if i in numbers}
+    assert after.get_vocab() == {
+        t: numbers[i] for t, i in before.get_vocab().items() if i in numbers
+    }
     for token, i in tokens_of(kind).added.items():
         assert after.convert_tokens_to_ids(token) == numbers[i]
     assert after.eos_token == before.eos_token and after.chat_template == before.chat_template
