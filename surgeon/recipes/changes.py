@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from surgeon.errors import Code, SurgeonError
@@ -114,7 +115,12 @@ def _vocabulary(recipe: Recipe, keys: Mapping[str, Any]) -> VocabularyKeys:
     before = {} if recipe.vocabulary is None else recipe.vocabulary.model_dump(exclude_unset=True)
     if "keep" in keys or "coverage" in keys:  # one stands in for the other
         before = {k: v for k, v in before.items() if k not in ("keep", "coverage")}
-    data = {**recipe.to_data(), "vocabulary": {**before, **keys}}
+    given = dict(keys)
+    if isinstance(given.get("corpus"), str | Path):
+        given["corpus"] = (given["corpus"],)
+    if "corpus" in given:
+        given["corpus"] = [str(source) for source in given["corpus"]]
+    data = {**recipe.to_data(), "vocabulary": {**before, **given}}
     found = from_data(data, "the options").vocabulary
     assert found is not None
     return found

@@ -164,9 +164,8 @@ class _Renumbered(nn.Module):
 
     def forward(self, ids: torch.Tensor, *others: torch.Tensor) -> Any:
         found = self.full(self.old[ids], *others)
-        several_ = found if isinstance(found, tuple) else (found,)
         out: list[torch.Tensor] = []
-        for tensor, dims in zip(several_, self.read, strict=True):
+        for tensor, dims in zip(several(found), self.read, strict=True):
             for dim, kept in dims.items():
                 tensor = tensor.index_select(dim, kept)
             out.append(tensor)

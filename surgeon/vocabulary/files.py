@@ -123,12 +123,14 @@ def trimmed(tokenizer: Tokenizer, numbers: rewrite.Numbers, where: str) -> dict[
     """Returns a tokenizer's files with the tokens that stay, under their new numbers."""
 
     def core(data: dict[str, Any]) -> dict[str, Any]:
+        # Older files don't say what their model is.
+        data["model"].setdefault("type", tokenizer.tokens.model["type"])
         return rewrite.tokenizer_json(data, Tokens.of(data, where), numbers, where)
 
     changes: Mapping[str, Rewrite] = {
         CORE: core,
-        "tokenizer_config.json": lambda data: rewrite.tokenizer_config(data, numbers),
-        "added_tokens.json": lambda data: rewrite.added_tokens(data, numbers),
+        "tokenizer_config.json": lambda data: rewrite.tokenizer_config(data, numbers, where),
+        "added_tokens.json": lambda data: rewrite.added_tokens(data, numbers, where),
         GENERATION: lambda data: {**data, **rewrite.renumbered(data, numbers)},
     }
     out = dict(tokenizer.texts)

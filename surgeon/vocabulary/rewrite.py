@@ -47,7 +47,7 @@ def tokenizer_json(
             model["unk_id"] = numbers[int(model["unk_id"])]
     out = {**data, "model": model}
     out["added_tokens"] = [
-        {**t, "id": numbers[int(t["id"])]} for t in data.get("added_tokens") or ()
+        {**t, "id": _number(numbers, t["id"], where)} for t in data.get("added_tokens") or ()
     ]
     padding = data.get("padding")
     if padding:
@@ -55,6 +55,18 @@ def tokenizer_json(
         out["padding"] = {**padding, "pad_id": numbers.get(int(padding["pad_id"]), 0)}
     out["post_processor"] = _post(data.get("post_processor"), numbers, where)
     return out
+
+
+def _number(numbers: Numbers, old: int | str, where: str) -> int:
+    """Returns a token's new number.
+
+    Raises:
+        SurgeonError: `bad-option` where a file names one that the tokenizer hasn't.
+    """
+    found = numbers.get(int(old))
+    if found is None:
+        raise refused(f"a file of its tokenizer names token {old}, which there isn't", where)
+    return found
 
 
 def _stays(merge: object, stay: Mapping[str, int]) -> bool:
@@ -70,12 +82,14 @@ def _post(part: Mapping[str, Any] | None, numbers: Numbers, where: str) -> Any:
         return {**part, "processors": [_post(p, numbers, where) for p in part["processors"]]}
     if part["type"] == "TemplateProcessing":
         special = {
-            name: {**token, "ids": [numbers[i] for i in token["ids"]]}
+            name: {**token, "ids": [_number(numbers, i, where) for i in token["ids"]]}
             for name, token in part["special_tokens"].items()
         }
         return {**part, "special_tokens": special}
     if part["type"] in ("BertProcessing", "RobertaProcessing"):
-        pairs = {end: [part[end][0], numbers[part[end][1]]] for end in ("sep", "cls")}
+        pairs = {
+            end: [part[end][0], _number(numbers, part[end][1], where)] for end in ("sep", "cls")
+        }
         return {**part, **pairs}
     raise refused(f"its tokenizer's post-processor is {part['type']}, which is unknown", where)
 
@@ -94,19 +108,20 @@ def special_ids(data: Mapping[str, Any]) -> set[int]:
     return out
 
 
-def tokenizer_config(data: Mapping[str, Any], numbers: Numbers) -> dict[str, Any]:
+def tokenizer_config(data: Mapping[str, Any], numbers: Numbers, where: str) -> dict[str, Any]:
     """Returns `tokenizer_config.json` in new numbers."""
     out = dict(data)
     if data.get("added_tokens_decoder"):
         out["added_tokens_decoder"] = {
-            str(numbers[int(i)]): token for i, token in data["added_tokens_decoder"].items()
+            str(_number(numbers, i, where)): token
+            for i, token in data["added_tokens_decoder"].items()
         }
     return out
 
 
-def added_tokens(data: Mapping[str, int], numbers: Numbers) -> dict[str, int]:
+def added_tokens(data: Mapping[str, int], numbers: Numbers, where: str) -> dict[str, int]:
     """Returns `added_tokens.json` in new numbers."""
-    return {token: numbers[i] for token, i in data.items()}
+    return {token: _number(numbers, i, where) for token, i in data.items()}
 
 
 # --- configurations ------------------------------------------------------------------------------

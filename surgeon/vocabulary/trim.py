@@ -16,7 +16,7 @@ from surgeon.calibrate.data import texts
 from surgeon.errors import Code, SurgeonError
 from surgeon.vocabulary import rewrite
 from surgeon.vocabulary.choose import choose
-from surgeon.vocabulary.files import SmallerSource, Tokenizer, encode, read
+from surgeon.vocabulary.files import CORE, GENERATION, SmallerSource, Tokenizer, encode, read
 from surgeon.vocabulary.tokens import refused
 
 if TYPE_CHECKING:
@@ -136,13 +136,17 @@ def trim(axes: Axes, source: Source | None, wanted: Wanted) -> Trimming:
     check(axes, plan_of(axes, range(rows)))  # before the corpus is read
     tokenizer = read(source)
     tokens = tokenizer.tokens
-    beyond = [token for token, i in tokens.added.items() if i >= rows]
-    if beyond or max(tokens.by_id) >= rows:
-        raise refused(f"the embedding has {rows:,} rows, fewer than its tokenizer has", source.id)
+    if max(tokens.by_id) >= rows:
+        why = f"the embedding has {rows:,} rows, and its tokenizer has tokens beyond them"
+        raise refused(why, source.id)
     corpus = Corpus.of(wanted.corpus, tokenizer)
     spoken, said = tokenizer.template()
     named = tokenizer.encode((*wanted.always, *spoken))
-    always = {*tokens.base, *(one for row in named for one in row), *_meant(source, rows)}
+    always = {
+        *tokens.base,
+        *(one for row in named for one in row),
+        *_meant(source, tokenizer, rows),
+    }
     kept = choose(
         tokens,
         always,
@@ -178,18 +182,15 @@ def plan_of(axes: Axes, kept: Sequence[int]) -> Plan:
     return Plan(cuts, renumbered=tuple(c.axis for c in cuts))
 
 
-def _meant(source: Source, rows: int) -> set[int]:
-    """Returns the tokens that have a meaning in a configuration or a template."""
-    found = rewrite.config_ids(source.config.to_dict(), rows)
+def _meant(source: Source, tokenizer: Tokenizer, rows: int) -> set[int]:
+    """Returns the tokens that have a meaning in a configuration or to the tokenizer."""
+    found = rewrite.config_ids(source.config.to_dict(), rows) | {*tokenizer.loaded.all_special_ids}
     if source.generation_config is not None:
         found |= rewrite.config_ids(source.generation_config.to_dict(), rows)
-    for file in source.tokenizer_files:
-        if file.suffix == ".json":
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if file.name == "tokenizer.json":
-                found |= rewrite.special_ids(data)
-            elif isinstance(data, dict):
-                found |= rewrite.config_ids(data, rows)
+    texts = tokenizer.texts
+    found |= rewrite.special_ids(json.loads(texts[CORE]))
+    if GENERATION in texts:
+        found |= rewrite.config_ids(json.loads(texts[GENERATION]), rows)
     return found
 
 

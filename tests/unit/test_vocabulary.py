@@ -211,12 +211,14 @@ def test_settings_that_name_tokens() -> None:
 
 def test_the_files_of_older_tokenizers() -> None:
     numbers = {0: 0, 5: 1}
-    assert rewrite.added_tokens({"<a>": 0, "<b>": 5}, numbers) == {"<a>": 0, "<b>": 1}
+    assert rewrite.added_tokens({"<a>": 0, "<b>": 5}, numbers, "here") == {"<a>": 0, "<b>": 1}
     config = {"added_tokens_decoder": {"0": {"content": "<a>"}, "5": {"content": "<b>"}}, "x": 1}
-    assert rewrite.tokenizer_config(config, numbers) == {
+    assert rewrite.tokenizer_config(config, numbers, "here") == {
         "added_tokens_decoder": {"0": {"content": "<a>"}, "1": {"content": "<b>"}},
         "x": 1,
     }
+    with pytest.raises(SurgeonError, match="names token 7, which there isn't"):
+        rewrite.added_tokens({"<c>": 7}, numbers, "here")
 
 
 # --- refusals ------------------------------------------------------------------------------------
