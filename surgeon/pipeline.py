@@ -18,7 +18,7 @@ from surgeon.opening import Model, open_model, opening_origin
 from surgeon.planning import Passes, planned
 from surgeon.pruned import Pruned, Report, report_of, versions
 from surgeon.recipes import DEFAULT_RECIPE, load_recipe
-from surgeon.trimming import only_vocabulary, trimmed, trimming_of
+from surgeon.trimming import ALONE, only_vocabulary, trimmed, trimming_of
 
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe as CalibrationData
@@ -215,7 +215,7 @@ def run(
         state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep)
         return _finished(trimmed(of_state(state), trimming), verify)
     if only_vocabulary(recipe):
-        return _finished(trimmed(result(Plan(), {}, [], ()), trimming), verify)
+        return _finished(trimmed(result(Plan(), {}, [], (ALONE,)), trimming), verify)
     made = planned(origin, passes, budget, calibration=stored or data, seed=recipe.seed)
     entries = [found.to_json() for found in made.results]
     return _finished(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from surgeon.vocabulary.trim import Trimming
 
 
+ALONE = "neither a ratio nor a role was given: nothing but the vocabulary is cut"
+"""What is said where no pass is run."""
+
+
 @dataclass(frozen=True)
 class Trimmed:
     """A cut of the vocabulary, and the record of it."""

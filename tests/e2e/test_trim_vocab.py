@@ -154,7 +154,8 @@ def test_a_chat_template_that_refuses_is_told_of(llama: Path, text: Path, tmp_pa
 
 
 def test_logits_are_those_of_the_tokens_that_stay(llama: Path, text: Path) -> None:
-    pruned = api.prune(llama, vocabulary={"corpus": text})
+    pruned = api.prune(llama, recipe="default", vocabulary={"corpus": text})
+    assert any("nothing but the vocabulary" in note for note in pruned.report.notes)
     kept = pruned.plan.cuts[0].array
     assert pruned.plan.renumbered == ("model.embed_tokens/vocab",)
     new = torch.randint(0, len(kept), (2, 9), generator=torch.Generator().manual_seed(0))
