@@ -25,6 +25,7 @@ from surgeon.opening import Model, open_model, opening_origin
 from surgeon.planning import Passes, planned
 from surgeon.pruned import Pruned, Report, report_of, versions
 from surgeon.recipes import DEFAULT_RECIPE, load_recipe
+from surgeon.trimming import ALONE, only_vocabulary, trimmed, trimming_of
 
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe as CalibrationData
@@ -68,6 +69,7 @@ def prune(
     select_options: Mapping[str, Any] | None = None,
     compensate_options: Mapping[str, Any] | None = None,
     then_options: Mapping[str, Any] | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
     calibration: CalibrationData | None = None,
     statistics: str | Path | None = None,
     plan: Plan | None = None,
@@ -110,6 +112,8 @@ def prune(
         select_options: the selection pass's options, likewise.
         compensate_options: those of the compensation passes, the same for all.
         then_options: those of the transforms that stand last, the same for all.
+        vocabulary: which tokens stay, as a recipe says it: `corpus`, and if wanted `keep` or
+            `coverage`, and `always`. With this alone, nothing else goes.
         calibration: the data for passes that look at what the model computes; without it the
             recipe's, or else a text that every machine has, with a warning.
         statistics: a file that `surgeon calibrate` wrote, in place of data.
@@ -171,6 +175,7 @@ def prune(
         target=target,
         seed=seed,
         model=str(source) if isinstance(source, str | Path) else None,
+        vocabulary=vocabulary or {},
     )
     settled = changes.applied(load_recipe(DEFAULT_RECIPE if recipe is None else recipe))
     folder = None if rounds is None else Path(rounds)
@@ -204,6 +209,7 @@ def run(
     budget = budget_of(origin, recipe)
     spelled = _spelled(recipe, passes).to_data()
     data = calibration or _data_of(recipe)
+    trimming = trimming_of(origin, recipe, budget)
 
     def result(plan: Plan, tensors: Mapping[str, Any], entries: Any, notes: Any) -> Pruned:
         seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
@@ -219,10 +225,14 @@ def run(
 
         keep = None if rounds is None else Keep(rounds, of_state, spelled, origin.fingerprint())
         state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep)
-        return _finished(of_state(state), verify)
+        return _finished(trimmed(of_state(state), trimming), verify)
+    if only_vocabulary(recipe):
+        return _finished(trimmed(result(Plan(), {}, [], (ALONE,)), trimming), verify)
     made = planned(origin, passes, budget, calibration=stored or data, seed=recipe.seed)
     entries = [found.to_json() for found in made.results]
-    return _finished(result(made.plan, made.rewrites, entries, made.notes), verify)
+    return _finished(
+        trimmed(result(made.plan, made.rewrites, entries, made.notes), trimming), verify
+    )
 
 
 def _replayed(
@@ -251,13 +261,13 @@ def _check_asked(recipe: Recipe, passes: Passes) -> None:
     if passes.select is None:
         _check_whole(recipe, passes)
         return
-    if budget.ratio is None and not budget.roles:
+    if budget.ratio is None and not budget.roles and recipe.vocabulary is None:
         raise SurgeonError(
             Code.BAD_RATIO,
             "nothing says how much to remove",
             at="--ratio, --role",
             why="neither a ratio nor a role was given",
-            try_="--ratio 0.2, or --role ffn=0.25",
+            try_="--ratio 0.2, --role ffn=0.25, or --trim-vocab FILE",
         )
     if budget.ratio is not None:
         check_ratio(budget.ratio, "--ratio")
@@ -288,7 +298,7 @@ def _check_whole(recipe: Recipe, passes: Passes) -> None:
                 why=f"no pass of this recipe removes anything: it has {names}",
                 try_="a score and a selection; or the option of a pass: see 'surgeon passes'",
             )
-    if not passes.then:
+    if not passes.then and recipe.vocabulary is None:
         raise SurgeonError(
             Code.BAD_OPTION,
             "this recipe leaves the model as it was",
@@ -468,7 +478,7 @@ def verify(
     again = prune(origin, plan=plan, rewrites=rewrites, verify=False, target=target)
     if graph:
         return graph.verify(again)
-    tokenizer = origin.source.load_tokenizer() if origin.source else None
+    tokenizer = again.source.load_tokenizer() if again.source else None
     return verify_folder(again, folder, tokenizer, trust_remote_code=trust_remote_code)
 
 

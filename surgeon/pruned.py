@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.axes.axes import Axes
 from surgeon.axes.budget import count, decoder_params
 from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.renumber import of_vocabulary
 from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
     from surgeon.report.verify import Verification
+    from surgeon.vocabulary.files import SmallerSource
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Report:
     `as_recipe` is what a recipe's file would say, every option spelled out; it gives the same plan.
     `sparsity` tells of zeros among the weights, by parameter and in all, and what they save where;
     it is None where there are none to speak of.
+    `vocabulary` is empty where all tokens stayed: otherwise how many there were and are, and what
+    that did to embedding, head and corpus.
     """
 
     source: Mapping[str, str]
@@ -52,6 +56,7 @@ class Report:
     verification: Mapping[str, Any] | None = None
     as_recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
     sparsity: Mapping[str, Any] | None = None
+    vocabulary: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def to_json(self) -> str:
         """Returns the report as JSON text."""
@@ -131,8 +136,22 @@ class Pruned:
         source = self._source()
         return choose(self.axes, self.plan, source.config, source.model_class, self.origin.fixed)
 
+    @property
+    def source(self) -> Source | None:
+        """What the result takes from its source: configuration and tokenizer, with their ids."""
+        return self._smaller.source if self._smaller else self.origin.source
+
+    @cached_property
+    def _smaller(self) -> SmallerSource | None:
+        if self.origin.source is None or not self.plan.renumbered:
+            return None
+        from surgeon.vocabulary.files import SmallerSource
+
+        kept = self.plan.by_axis[self.plan.renumbered[0]].array
+        return SmallerSource(self.origin.source, kept.tolist())
+
     def _source(self) -> Source:
-        if self.origin.source is None:
+        if self.source is None:
             raise SurgeonError(
                 Code.TARGET_REFUSED,
                 "this result is no Transformers model",
@@ -140,7 +159,7 @@ class Pruned:
                 why="it was captured from a module or an exported program",
                 try_="use `.model` or `.save(path)`, which writes a .pt2 file",
             )
-        return self.origin.source
+        return self.source
 
     @cached_property
     def model(self) -> nn.Module:
@@ -262,4 +281,5 @@ def report_of(
         seconds,
         versions(),
         tuple(notes),
+        vocabulary=of_vocabulary(origin.axes, plan),
     )

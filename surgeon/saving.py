@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgeon.axes.plan import Plan, dropped
+from surgeon.axes.renumber import MAP_FILE
 from surgeon.capture.configs import config_and_class, read_config
 from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
@@ -41,8 +42,8 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
         raise no_weights(pruned.origin.id)
     if pruned.is_graph:
         return _save_graph(pruned, path, overwrite=overwrite, verify=verify)
-    assert pruned.origin.source is not None
-    emission, source = pruned.emission, pruned.origin.source
+    assert pruned.source is not None
+    emission, source = pruned.emission, pruned.source
     dtype = _dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)
     sizes = (
@@ -116,11 +117,20 @@ def _write_plan(folder: Path, pruned: Pruned) -> None:
 
 def _write_report(folder: Path, pruned: Pruned, report: Report) -> None:
     """Writes what the prune did, for programs and for people."""
+    if report.vocabulary:
+        _write_map(folder / MAP_FILE, pruned.plan)
     (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     gone, axes = dropped(pruned.axes, pruned.plan), pruned.axes.axes
     names = {axis.name for axis in axes if all(m.param in gone for m in axis.members)}
     page = report_page(json.loads(report.to_json()), names)
     (folder / PAGE_FILE).write_text(page, encoding="utf-8")
+
+
+def _write_map(file: Path, plan: Plan) -> None:
+    """Writes which token was which: the old id of each new one, in order."""
+    found = plan.by_axis[plan.renumbered[0]]
+    data = {"before": found.size, "after": found.count, "old_ids": list(found.kept)}
+    file.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 
 def read_plan(path: Path) -> tuple[Plan, dict[str, torch.Tensor]]:
@@ -166,7 +176,7 @@ def read_plan(path: Path) -> tuple[Plan, dict[str, torch.Tensor]]:
 
 def _verify(pruned: Pruned, folder: Path) -> v.Verification:
     """Compares what was written with the masked reference."""
-    source = pruned.origin.source
+    source = pruned.source
     assert source is not None
     return verify_folder(pruned, folder, source.load_tokenizer())
 
@@ -205,7 +215,7 @@ def verify_folder(
     def forward(*args: torch.Tensor) -> torch.Tensor:
         return masked(*args)
 
-    source = pruned.origin.source
+    source = pruned.source
     vocab = int(getattr(source, "config").vocab_size)  # noqa: B009
     inputs = v.probes(vocab, tokenizer, positions=positions_of(source))
     _same_bits(pruned, folder)
@@ -287,7 +297,7 @@ def written_graph(folder: Path) -> WrittenGraph | None:
 def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
     """Writes the result as a graph, which has no class that could refuse it."""
     target = get_target("pt2" if pruned.target == "transformers" else pruned.target)
-    source = pruned.origin.source
+    source = pruned.source
     need = sum(4 * _elements(pruned.selection.shape(p.name)) for p in pruned.program.params)
     with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
         report = pruned.report

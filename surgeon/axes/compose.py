@@ -48,6 +48,7 @@ def compose(axes: Axes, first: Plan, second: Plan) -> Plan:
         tuple(dict.fromkeys([*first.branches, *second.branches])),
         first.source,
         tuple(dict.fromkeys([*first.rewrites, *second.rewrites])),
+        tuple(dict.fromkeys([*first.renumbered, *second.renumbered])),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgeon.axes.axes import Axes, Axis
+from surgeon.axes.axes import Axes, Axis, Reason
 from surgeon.axes.space import Expr, Sum, leaves
 from surgeon.errors import Code, SurgeonError, near
 
@@ -65,12 +65,15 @@ class Plan:
         source: the model it was made for: its id and the fingerprint of its tensors.
         rewrites: names of parameters that are replaced before slicing; the tensors are stored
             beside the plan.
+        renumbered: names of cut axes over token ids: the model is fed, and read, in new numbers,
+            which count the kept indices. Otherwise such an axis can't be cut.
     """
 
     cuts: tuple[Cut, ...] = ()
     branches: tuple[str, ...] = ()
     source: tuple[tuple[str, str], ...] = ()
     rewrites: tuple[str, ...] = field(default=())
+    renumbered: tuple[str, ...] = ()
 
     @cached_property
     def by_axis(self) -> Mapping[str, Cut]:
@@ -89,6 +92,7 @@ class Plan:
             "source": dict(self.source),
             "branches": list(self.branches),
             "rewrites": list(self.rewrites),
+            **({"renumbered": list(self.renumbered)} if self.renumbered else {}),
         }
         fields = [
             f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()
@@ -123,6 +127,7 @@ class Plan:
                 tuple(data["branches"]),
                 tuple(sorted((str(k), str(v)) for k, v in data["source"].items())),
                 tuple(data["rewrites"]),
+                tuple(str(name) for name in data.get("renumbered", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SurgeonError(
@@ -154,6 +159,9 @@ def check(axes: Axes, plan: Plan) -> Plan:
     for name in plan.rewrites:
         if name not in axes.program.param:
             raise _mismatch(name, "the model has no such parameter", near(name, axes.program.param))
+    for name in plan.renumbered:
+        if name not in plan.by_axis:
+            raise _mismatch(name, "the plan renumbers an axis that it doesn't cut", "cut it too")
     for c in plan.cuts:
         if c.axis not in axes.by_name:
             raise _mismatch(c.axis, "the model has no such axis", near(c.axis, axes.by_name))
@@ -164,17 +172,35 @@ def check(axes: Axes, plan: Plan) -> Plan:
                 f"the axis has {axis.size} indices, the plan was made for {c.size}",
                 "replay the plan on the model it was made for",
             )
-        if axis.pins:
+        pins = _pins(axes, axis, plan)
+        if pins:
             raise SurgeonError(
                 Code.PINNED,
                 f"{c.axis} can't be pruned",
-                at=axis.pins[0].where or c.axis,
-                why=axis.pins[0].why,
-                try_="leave this axis out of the plan",
-                data={"axis": c.axis, "pins": [r.why for r in axis.pins]},
+                at=pins[0].where or c.axis,
+                why=pins[0].why,
+                try_=_instead(axis, plan),
+                data={"axis": c.axis, "pins": [r.why for r in pins]},
             )
         _check_cut(axes, axis, c)
     return plan
+
+
+def _instead(axis: Axis, plan: Plan) -> str:
+    """Returns what to do about an axis that can't be cut."""
+    leave = "leave this axis out of the plan"
+    if axis.role != "vocab" or plan.renumbered:
+        return leave
+    return f"{leave}; --trim-vocab FILE cuts the vocabulary and renumbers its tokens"
+
+
+def _pins(axes: Axes, axis: Axis, plan: Plan) -> tuple[Reason, ...]:
+    """Returns what keeps a plan from cutting an axis."""
+    if axis.name not in plan.renumbered:
+        return axis.pins
+    from surgeon.axes.renumber import pins_left
+
+    return pins_left(axes, axis)
 
 
 def _check_cut(axes: Axes, axis: Axis, c: Cut) -> None:
@@ -348,6 +374,7 @@ def merged(plans: Iterable[Plan]) -> Plan:
     cuts: dict[str, Cut] = {}
     branches: dict[str, None] = {}
     rewrites: dict[str, None] = {}
+    renumbered: dict[str, None] = {}
     out = Plan()
     for plan in plans:
         for c in plan.cuts:
@@ -362,7 +389,12 @@ def merged(plans: Iterable[Plan]) -> Plan:
             cuts[c.axis] = c
         branches.update(dict.fromkeys(plan.branches))
         rewrites.update(dict.fromkeys(plan.rewrites))
+        renumbered.update(dict.fromkeys(plan.renumbered))
         out = replace(out, source=plan.source or out.source)
     return replace(
-        out, cuts=tuple(cuts.values()), branches=tuple(branches), rewrites=tuple(rewrites)
+        out,
+        cuts=tuple(cuts.values()),
+        branches=tuple(branches),
+        rewrites=tuple(rewrites),
+        renumbered=tuple(renumbered),
     )

@@ -152,11 +152,16 @@ def _tokens(piece: Piece, tokenizer: Any) -> NDArray[np.int64]:
             why="a text can't be turned into token ids without one",
             try_="a model with a tokenizer beside it, or token ids in a .npy file",
         )
-    text = _BETWEEN.join(_texts(str(source)))
+    text = _BETWEEN.join(texts(str(source)))
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
 
 
-def _texts(source: str) -> Iterator[str]:
+def texts(source: str) -> Iterator[str]:
+    """Yields the texts of a source: of a file, of the lines of a .jsonl, of a data set's rows.
+
+    Raises:
+        SurgeonError: why it can't be read.
+    """
     if source == BUILT_IN:
         yield built_in().content
         return

@@ -13,7 +13,7 @@ def print_report(report: Report, out: Path | None) -> None:
     """Shows what a prune did, and where it was written; nowhere where it was only planned."""
     from rich.console import Console
 
-    from surgeon.report.tables import Row, Unit, before_after
+    from surgeon.report.tables import Row, Unit, before_after, vocabulary_words
 
     rows = [
         Row(f"parameters, {name}", found["before"], found["after"], Unit.COUNT)
@@ -34,6 +34,9 @@ def print_report(report: Report, out: Path | None) -> None:
     console.print(f"removed {removed:.3%} of the decoder parameters", highlight=False)
     if report.sparsity:
         _print_sparsity(report.sparsity)
+    if report.vocabulary:
+        for line in vocabulary_words(report.vocabulary):
+            console.print(line, highlight=False)
     if report.branches:
         console.print(f"dropped {', '.join(report.branches)}", highlight=False)
     for note in report.notes:

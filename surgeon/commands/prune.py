@@ -50,6 +50,7 @@ ReplaysAlone = (
         "length",
         "statistics",
     ),
+    *("trim_vocab", "vocab_keep", "vocab_coverage", "vocab_always"),
 )
 """Options of `prune` that would make another plan than the one that is replayed."""
 
@@ -179,6 +180,21 @@ def prune(
     then_option: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE for the transforms that stand last")
     ] = None,
+    trim_vocab: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE", help="text whose tokens stay: the vocabulary loses the others"
+        ),
+    ] = None,
+    vocab_keep: Annotated[
+        int | None, typer.Option(help="the most tokens that may stay, the most frequent first")
+    ] = None,
+    vocab_coverage: Annotated[
+        str | None, typer.Option(help="share of those texts whose tokens stay, such as 0.99")
+    ] = None,
+    vocab_always: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="text whose tokens stay in any case")
+    ] = None,
     calibration: CalibrationOption = None,
     samples: Annotated[int | None, typer.Option(help="windows of calibration data")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in such a window")] = None,
@@ -253,6 +269,14 @@ def prune(
             target=to,
             seed=seed,
             model=model,
+            vocabulary={
+                "corpus": trim_vocab,
+                "keep": vocab_keep,
+                "coverage": None
+                if vocab_coverage is None
+                else values.number(vocab_coverage, "--vocab-coverage"),
+                "always": vocab_always,
+            },
         )
         settled = changes.applied(load_recipe(recipe or DEFAULT_RECIPE))
         result = _made(settled, model, out, opening, dry_run, overwrite)

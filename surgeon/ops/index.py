@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from surgeon.ir.program import Arg, ParamRef, Ref
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule, vanishing, wherever
+from dataclasses import replace
+
+from surgeon.ir.program import Arg, Op, ParamRef, Ref
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, Rebuild, rule, vanishing, wherever
 
 INDEXED = "rows are picked by numbers that come from data"
 
@@ -21,7 +23,20 @@ def _origin(c: Context, arg: Arg) -> str:
     return arg.name if isinstance(arg, Ref) else ""
 
 
-@rule("aten.embedding.default", vanish=_embedding_vanish)
+def _embedding_rebuilt(r: Rebuild) -> Op:
+    """Returns the operation without its padding index where the table lost rows.
+
+    The index is a number of a row that may be gone; only the table's gradient depends on it.
+    """
+    table = r.op.arg(0)
+    assert isinstance(table, Ref | ParamRef)
+    if r.operand(table)[0] == r.program.type_of(table).shape[0]:
+        return r.op
+    kwargs = tuple((k, v) for k, v in r.op.kwargs if k != "padding_idx")
+    return replace(r.op, args=r.op.args[:2], kwargs=kwargs)
+
+
+@rule("aten.embedding.default", vanish=_embedding_vanish, rebuild=_embedding_rebuilt)
 def embedding(c: Context) -> None:
     """Picks rows: the row axis must stay, the columns go on."""
     weight, ids = c.dims(c.op.arg(0)), c.dims(c.op.arg(1))

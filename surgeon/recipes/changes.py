@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from surgeon.errors import Code, SurgeonError
-from surgeon.recipes.schema import Recipe, SourceKeys, Step, misplaced
+from surgeon.recipes.schema import Recipe, SourceKeys, Step, VocabularyKeys, misplaced
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Changes:
         target: of the result.
         seed: for passes and calibration windows.
         model: what the recipe is for.
+        vocabulary: by key of a recipe's vocabulary; empty for none.
     """
 
     budget: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -67,6 +69,7 @@ class Changes:
     target: str | None = None
     seed: int | None = None
     model: str | None = None
+    vocabulary: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these changes.
@@ -106,11 +109,36 @@ class Changes:
         top = {"target": self.target, "seed": self.seed, "model": self.model}
         updates: dict[str, Any] = {key: value for key, value in top.items() if value is not None}
         updates["passes"] = tuple(steps)
+        tokens = {key: value for key, value in self.vocabulary.items() if value is not None}
+        if tokens:
+            updates["vocabulary"] = _vocabulary(recipe, tokens)
         if budget:
             updates["budget"] = recipe.budget.model_copy(update=budget)
         if data:
             updates["calibration"] = recipe.calibration.model_copy(update=data)
         return recipe.model_copy(update=updates)
+
+
+def _vocabulary(recipe: Recipe, keys: Mapping[str, Any]) -> VocabularyKeys:
+    """Returns which tokens stay, checked as a recipe's file is.
+
+    Raises:
+        SurgeonError: `bad-recipe`, with the key.
+    """
+    from surgeon.recipes import from_data
+
+    before = {} if recipe.vocabulary is None else recipe.vocabulary.model_dump(exclude_unset=True)
+    if "keep" in keys or "coverage" in keys:  # one stands in for the other
+        before = {k: v for k, v in before.items() if k not in ("keep", "coverage")}
+    given = dict(keys)
+    if isinstance(given.get("corpus"), str | Path):
+        given["corpus"] = (given["corpus"],)
+    if "corpus" in given:
+        given["corpus"] = [str(source) for source in given["corpus"]]
+    data = {**recipe.to_data(), "vocabulary": {**before, **given}}
+    found = from_data(data, "the options").vocabulary
+    assert found is not None
+    return found
 
 
 def calibration_of(data: Any) -> dict[str, Any]:

@@ -153,6 +153,28 @@ class ScheduleKeys(Strict):
     keeps to it is the result."""
 
 
+class VocabularyKeys(Strict):
+    """Which tokens stay; without it, all of them."""
+
+    corpus: Annotated[Words, Field(min_length=1)]
+    """Texts whose tokens stay, named as calibration data are."""
+
+    keep: Positive | None = None
+    """The most tokens that may stay in all: those that any text needs, then the most frequent."""
+
+    coverage: Annotated[StrictFloat, BeforeValidator(_fraction), Field(gt=0, le=1)] | None = None
+    """The most frequent tokens stay that are this share of the corpus."""
+
+    always: Words = ()
+    """Strings whose tokens stay in any case."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if self.keep is not None and self.coverage is not None:
+            raise ValueError("keep and coverage both say how many tokens stay: only one can hold")
+        return self
+
+
 class Step(Strict):
     """A pass by kind and name, with its options."""
 
@@ -205,6 +227,9 @@ class Recipe(Strict):
 
     schedule: ScheduleKeys | None = None
     """In how many rounds; without it, one."""
+
+    vocabulary: VocabularyKeys | None = None
+    """Which tokens stay; without it, all of them."""
 
     passes: Annotated[tuple[Step, ...], Field(min_length=1)]
     """In order: any transforms; one score, one select and any compensates, or none of these; any

@@ -12,7 +12,7 @@ from typing import Any
 from surgeon.report.colours import shade
 from surgeon.report.graph_page import filled
 from surgeon.report.heatmap import heatmap
-from surgeon.report.tables import Row, Unit, text
+from surgeon.report.tables import Row, Unit, text, vocabulary_words
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -188,6 +188,8 @@ def report_page(report: Mapping[str, Any], gone: Collection[str] = ()) -> str:
     ]
     if report.get("sparsity"):
         sections.append(_section("Zeros", _zeros(report["sparsity"])))
+    if report.get("vocabulary"):
+        sections.append(_section("Vocabulary", _list(vocabulary_words(report["vocabulary"]))))
     if report["branches"]:
         sections.append(_section("Dropped branches", _list(report["branches"])))
     sections += [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,6 +98,27 @@ def markdown(rows: Sequence[Row], *, columns: tuple[str, str] = ("before", "afte
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |" for row in rows
     ]
     return "\n".join(lines) + "\n"
+
+
+def vocabulary_words(found: Mapping[str, Any]) -> list[str]:
+    """Returns in words what became of a vocabulary.
+
+    Args:
+        found: the part `vocabulary` of a report.
+    """
+    saved = {part: n["before"] - n["after"] for part, n in found["parameters"].items()}
+    head = f"{saved['head']:,} in the head" if saved["head"] else "the head shares them"
+    out = [
+        f"vocabulary: {found['after']:,} of {found['before']:,} tokens stay; "
+        f"{saved['embedding']:,} parameters saved in the embedding, {head}"
+    ]
+    if "coverage" in found:
+        before, after = (found["tokens_per_character"][side] for side in ("before", "after"))
+        out.append(
+            f"of the corpus, {found['coverage']:.2%} of the tokens stay as they are; "
+            f"tokens per character {before:.4f}, after {after:.4f} ({after / before - 1:+.2%})"
+        )
+    return out
 
 
 def _bytes(value: float) -> str:

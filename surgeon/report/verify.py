@@ -11,6 +11,7 @@ from torch import nn
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.space import leaves
 from surgeon.axes.surgery import without_branches
 from surgeon.emit.pt2 import difference, samples, several
 from surgeon.errors import Code, SurgeonError
@@ -129,6 +130,8 @@ def probes(
 def reference(axes: Axes, plan: Plan, get: Get) -> nn.Module:
     """Returns the masked model: full shape, dropped branches bypassed, zeros where channels go.
 
+    Where the plan renumbers token ids, it is fed and read in the new numbers.
+
     Args:
         axes: the axes of the source.
         plan: what is removed.
@@ -137,7 +140,36 @@ def reference(axes: Axes, plan: Plan, get: Get) -> nn.Module:
     selection = Selection(axes, plan)
     program = without_branches(axes, plan.branches) if plan.branches else axes.program
     change = kept_only(axes, selection, program.producer)
-    return lower(program, lambda name: masked(selection, name, get(name)), change=change)
+    full = lower(program, lambda name: masked(selection, name, get(name)), change=change)
+    return _Renumbered(full, selection) if plan.renumbered else full
+
+
+class _Renumbered(nn.Module):
+    """A model in full shape that takes new token ids, and gives what it says of their tokens."""
+
+    def __init__(self, full: nn.Module, selection: Selection) -> None:
+        super().__init__()
+        axes, plan = selection.axes, selection.plan
+        self.full = full
+        self.old = torch.from_numpy(plan.by_axis[plan.renumbered[0]].array)
+        numbers = {axes.number[name] for name in plan.renumbered}
+        self.read: list[dict[int, torch.Tensor]] = [
+            {
+                dim: torch.from_numpy(selection.indices(expr))
+                for dim, expr in enumerate(axes.dims["%" + name])
+                if numbers & set(leaves(expr))
+            }
+            for name in axes.program.outputs
+        ]
+
+    def forward(self, ids: torch.Tensor, *others: torch.Tensor) -> Any:
+        found = self.full(self.old[ids], *others)
+        out: list[torch.Tensor] = []
+        for tensor, dims in zip(several(found), self.read, strict=True):
+            for dim, kept in dims.items():
+                tensor = tensor.index_select(dim, kept)
+            out.append(tensor)
+        return tuple(out) if isinstance(found, tuple) else out[0]
 
 
 def transformers_forward(model: Any) -> Forward:

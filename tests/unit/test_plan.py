@@ -40,6 +40,7 @@ PLANS = st.builds(
     st.lists(NAMES, max_size=3).map(tuple),
     st.dictionaries(NAMES, NAMES, max_size=3).map(lambda d: tuple(sorted(d.items()))),
     st.lists(NAMES, max_size=3).map(tuple),
+    st.lists(NAMES, max_size=3).map(tuple),
 )
 
 
@@ -157,6 +158,13 @@ def test_a_plan_that_fits_is_returned():
         (Plan(branches=("layer/att",)), Code.PLAN_MISMATCH, "layer/att", "no such branch"),
         (Plan(rewrites=("k",)), Code.PLAN_MISMATCH, "k", "no such parameter"),
         (Plan((Cut("vocab", 9, (0,)),)), Code.PINNED, "embedding", "picked by data"),
+        (Plan(renumbered=("vocab",)), Code.PLAN_MISMATCH, "vocab", "that it doesn't cut"),
+        (
+            Plan((Cut("kv", 2, (0,)),), renumbered=("kv",)),
+            Code.PINNED,
+            "kv",
+            "its indices are not token ids",
+        ),
         (Plan((Cut("kv", 2, ()),)), Code.EMPTY_AXIS, "kv", "all of its 2 indices"),
         (Plan((Cut("d", 4, ((), ()), ("kv",)),)), Code.EMPTY_AXIS, "d", "all of its 4 indices"),
         (Plan((Cut("hidden", 6, (2, 1)),)), Code.BAD_PLAN, "hidden", "out of order"),
@@ -212,6 +220,8 @@ def test_merging_keeps_all_and_refuses_two_cuts_of_one_axis():
     both = merged([a, b])
     assert {c.axis for c in both.cuts} == {"kv", "hidden"}
     assert (both.branches, both.rewrites, both.source) == (("x", "y"), ("w",), (("id", "m"),))
+    c = Plan((Cut("vocab", 9, (0, 3)),), renumbered=("vocab",))
+    assert merged([a, c]) == replace(a, cuts=(*a.cuts, *c.cuts), renumbered=("vocab",))
     with pytest.raises(SurgeonError) as caught:
         merged([a, a])
     assert (caught.value.code, caught.value.at) == (Code.BAD_PLAN, "kv")

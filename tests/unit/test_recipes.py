@@ -43,6 +43,7 @@ calibration:
     - b.jsonl
   samples: 8
   length: 16
+vocabulary: {corpus: a.txt, coverage: 99/100, always: [Sir, Madam]}
 schedule: {rounds: 4, shape: cubic, stop_if_worse_than: 1.2}
 passes:
   - {score: obs, damping: 0.1}
@@ -75,6 +76,9 @@ def test_every_key_is_read() -> None:
     assert (found.budget.measure, found.budget.tensor_parallel) == ("flops", 2)
     assert found.budget.limits == {"layers": 0, "ffn": 0.5}
     assert found.budget.multiple_of == {"ffn": 64}
+    tokens = found.vocabulary
+    assert tokens is not None and (tokens.corpus, tokens.coverage) == (("a.txt",), 0.99)
+    assert (tokens.keep, tokens.always) == (None, ("Sir", "Madam"))
     assert found.schedule is not None and found.schedule.rounds == 4
     assert [(p.kind, p.name) for p in found.passes] == [
         ("score", "obs"),
@@ -130,6 +134,11 @@ def test_from_a_path_a_mapping_a_name_or_a_recipe(tmp_path: Path) -> None:
         ("schedule: {rounds: 2, shape: round}", "schedule.shape", "'linear'", "ratio grows"),
         ("schedule: {rounds: 2.5}", "schedule.rounds", "integer", "round"),
         ("schedule: {rounds: 2, stop_if_worse_than: 1}", "stop_if_worse_than", "than 1", "perpl"),
+        ("vocabulary: {keep: 9}", "", "no default", "vocabulary.corpus"),
+        ("vocabulary: {corpus: []}", "vocabulary.corpus", "at least 1", "Texts"),
+        ("vocabulary: {corpus: x, keep: 0}", "vocabulary.keep", "greater", "most tokens"),
+        ("vocabulary: {corpus: x, coverage: 2}", "vocabulary.coverage", "less", "frequent"),
+        ("vocabulary: {corpus: x, keep: 9, coverage: 1.0}", "vocabulary", "both say", "corpus"),
         ("seed: -1", "seed", "greater", "random"),
         ("target: 3", "target", "string", "graph target"),
         ("about: 2020-01-01", "about", "string", "good for"),
