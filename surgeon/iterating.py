@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.budget import Budget
-from surgeon.axes.compose import compose
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.settle import analyse
 from surgeon.axes.surgery import operate
@@ -28,6 +27,7 @@ from surgeon.effects import PassResult
 from surgeon.errors import Code, SurgeonError
 from surgeon.opening import Model
 from surgeon.planning import Passes, planned, windows_of
+from surgeon.recovering import Ground
 
 if TYPE_CHECKING:
     import torch
@@ -151,17 +151,8 @@ def joined(origin: Model, state: State, plan: Plan, rewrites: Mapping[str, Any])
         plan: of what is left.
         rewrites: tensors of what is left, in its sizes, that replace others before the plan.
     """
-    import torch
-
-    selection = Selection(origin.axes, state.plan)
-    found = dict(state.rewrites)
-    for name, tensor in rewrites.items():
-        before = found.get(name)
-        full = (origin.read(name).detach() if before is None else before).float().clone()
-        flat = torch.from_numpy(selection.flat(name))
-        full.reshape(-1)[flat] = tensor.reshape(-1).float()
-        found[name] = full
-    return replace(state, plan=compose(origin.axes, state.plan, plan), rewrites=found)
+    ground = Ground(origin, state.plan, state.rewrites).then(plan, rewrites)
+    return replace(state, plan=ground.plan, rewrites=ground.rewrites)
 
 
 class Quality:

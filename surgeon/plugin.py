@@ -159,6 +159,8 @@ class Context:
         notes: gets what the pass has to say to the user.
         calibration: what the model computes on data, for passes that need it.
         budget: what is to go in all; its `axes` and `branches` are all that may.
+        facts: gets figures that the report keeps with what the driver records of the pass.
+        training: trains what a plan leaves, for passes that need it.
     """
 
     axes: Axes
@@ -168,6 +170,8 @@ class Context:
     notes: list[str] = field(default_factory=list[str])
     calibration: Calibration | None = None
     budget: Budget = field(default_factory=Budget)
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    training: Callable[[Plan, Any], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
 
     @property
     def program(self) -> Program:
@@ -256,6 +260,20 @@ class Context:
         reads or makes; gains are learnt so that the smaller model predicts what the dense one does.
         """
         return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows)
+
+    def recovered(
+        self, plan: Plan, settings: Any
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Returns the full-size tensors that training what a plan leaves comes to, and figures.
+
+        For compensations that need `training`.
+
+        Args:
+            plan: what is removed.
+            settings: the options of pass `recover`, under their names.
+        """
+        assert self.training is not None, "the driver supplies what a pass says it needs"
+        return self.training(plan, settings)
 
     def unable(self, target: str, why: str) -> SurgeonError:
         """Returns the refusal of a pass that can't treat an axis or a branch."""
