@@ -22,6 +22,7 @@ from surgeon.recipes import DEFAULT_RECIPE, load_recipe
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.calibrate.stored import Stored
+    from surgeon.judging import Hooks
     from surgeon.recipes.schema import Recipe
     from surgeon.report.verify import Verification
 
@@ -69,7 +70,9 @@ def prune(
     dynamic_shapes: Any = None,
     trust_remote_code: bool = False,
     target: str | None = None,
+    schedule: Mapping[str, Any] | None = None,
     rounds: str | Path | None = None,
+    hooks: Hooks | None = None,
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
@@ -111,8 +114,10 @@ def prune(
         dynamic_shapes: the same.
         trust_remote_code: run modelling code that comes with a checkpoint.
         target: `transformers`, or a graph target (`pt2`, `onnx`), which can express any plan.
+        schedule: keys of a recipe's schedule: `rounds`, `shape`, `stop_if_worse_than`.
         rounds: folder where finished rounds of a recipe's schedule are kept, from which a run after
             an interruption goes on.
+        hooks: training and evaluation of the caller's own in each round; see `prune_iteratively`.
 
     Raises:
         SurgeonError: with the reason, before anything is written.
@@ -156,13 +161,22 @@ def prune(
             "select": named(select, select_options),
             "compensate": named(compensate, compensate_options),
         },
+        schedule=schedule or {},
         target=target,
         seed=seed,
         model=str(source) if isinstance(source, str | Path) else None,
     )
     settled = changes.applied(load_recipe(DEFAULT_RECIPE if recipe is None else recipe))
     folder = None if rounds is None else Path(rounds)
-    return run(source, settled, opening, calibration=calibration, rounds=folder, verify=verify)
+    return run(
+        source,
+        settled,
+        opening,
+        calibration=calibration,
+        rounds=folder,
+        verify=verify,
+        hooks=hooks,
+    )
 
 
 def run(
@@ -173,6 +187,7 @@ def run(
     calibration: CalibrationData | None = None,
     rounds: Path | None = None,
     verify: bool = True,
+    hooks: Hooks | None = None,
 ) -> Pruned:
     """Returns the smaller model that a recipe makes of a source; see `prune`.
 
@@ -183,6 +198,7 @@ def run(
         calibration: data that no recipe can name, such as token ids, in place of its sources.
         rounds: folder where finished rounds of a schedule are kept, and found by a run after.
         verify: compare with the masked reference now.
+        hooks: what the caller does in each round of a schedule.
     """
     _check_asked(recipe)
     stored = None if calibration is not None else _stored_of(recipe)
@@ -206,7 +222,9 @@ def run(
             return result(state.plan, state.rewrites, state.entries, state.notes)
 
         keep = None if rounds is None else Keep(rounds, of_state, spelled, origin.fingerprint())
-        state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep)
+        if hooks is not None:
+            hooks = replace(hooks, model=lambda state: of_state(state).model)
+        state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep, hooks=hooks)
         return _finished(of_state(state), verify)
     made = planned(origin, passes, budget, calibration=stored or data, seed=recipe.seed)
     entries = [found.to_json() for found in made.results]

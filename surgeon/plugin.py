@@ -261,9 +261,7 @@ class Context:
         """
         return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows)
 
-    def recovered(
-        self, plan: Plan, settings: Any
-    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    def recovered(self, plan: Plan, settings: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Returns the full-size tensors that training what a plan leaves comes to, and figures.
 
         For compensations that need `training`.

@@ -1,9 +1,9 @@
 """What is left is trained on a text: all of it or low-rank adapters, with or without a teacher.
 
-The smaller model as a whole is trained by Transformers' trainer, on its labels, on what the dense
-model predicts, on the dense model's hidden states, or on several of these. Adapters are merged back.
-What it has learnt replaces the tensors that the plan is applied to: every target, verification
-and replay see it like any other compensation.
+The smaller model as a whole is trained by Transformers' trainer, on the text's labels, on what the
+dense model predicts, on the dense model's hidden states, or on several of these. Adapters are
+merged back. What it has learnt replaces the tensors that the plan is applied to: every target,
+verification and replay see it like any other compensation.
 
 Reference: Hu et al., LoRA, 2021; Hinton et al., Distilling the Knowledge in a Neural Network, 2015;
 Ma et al., LLM-Pruner, 2023 (adapters after pruning); Muralidharan et al., Compact Language Models

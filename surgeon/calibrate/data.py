@@ -126,7 +126,7 @@ def draw(
     vocab: int | None = None,
     notes: list[str] | None = None,
 ) -> Windows:
-    """Returns windows whose starts are drawn uniformly, the same for the same seed; see `places`."""
+    """Returns the windows whose places are drawn; see `places`."""
     found = places(recipe, tokenizer, vocab=vocab, notes=notes)
     return Windows(np.stack([found.window(i) for i in range(len(found))]), found.origin)
 

@@ -5,6 +5,7 @@ Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -58,7 +59,10 @@ def adapted(small: Small, settings: Settings) -> nn.Module:
             type(model.get_submodule(name)).__name__ == "Conv1D" for name in targets
         ),
     )
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft 0.21 asks Transformers by a name that 5.23 has replaced.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return peft.get_peft_model(model, config)
 
 
 def maps(small: Small) -> list[str]:

@@ -20,6 +20,7 @@ from surgeon.axes.plan import Plan, Selection
 from surgeon.emit.huggingface import Emission, final
 from surgeon.emit.in_memory import in_memory
 from surgeon.emit.layers import layer_shapes
+from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Program
 from surgeon.recovery.graph import trainable
 from surgeon.runtime.apply import Get, removed
@@ -74,6 +75,14 @@ class Small:
 
     def _changed(self, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, own in self.names.items():
+            if own not in state or state[own].shape != self._selection.shape(name):
+                raise SurgeonError(
+                    Code.RUNTIME_FAILED,
+                    f"the trained model has no {own} any more",
+                    at=own,
+                    why="training may change what is in the model's tensors, not which there are",
+                    try_="merge adapters back into the model, in place, before it is read",
+                )
             now = state[own].detach().to("cpu", torch.float32)
             if torch.equal(now, self._written(name)):
                 continue
@@ -113,9 +122,7 @@ def of_transformers(axes: Axes, plan: Plan, emission: Emission, full: Get) -> Sm
         return exact.float()
 
     names = {old: new for old, new in emission.names.items() if _trained(axes.program, old)}
-    return Small(
-        model, names, streams, _maps(axes, names), axes, selection, full, written, read
-    )
+    return Small(model, names, streams, _maps(axes, names), axes, selection, full, written, read)
 
 
 def of_program(axes: Axes, plan: Plan, program: Program, full: Get) -> Small:

@@ -1,14 +1,14 @@
 """Training on Transformers' `Trainer`: one process or several, from a checkpoint or the beginning.
 
-Every step sees windows that its number alone decides, so that a training that goes on after an
-interruption sees what an uninterrupted one would, and several processes see together what one would.
+Every step sees windows that its number alone decides: a training that goes on after an interruption
+sees what an uninterrupted one would, and several processes see together what one would.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +171,7 @@ class _Trainer(Trainer):
         return together(parts, settings.weight)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Generator[None]:
         """While active, what layers of both models make is kept for the loss."""
         handles: list[Any] = []
         if self.job.settings.distill in ("hidden", "both") and self.job.teacher is not None:
@@ -226,9 +226,7 @@ class _Finite(TrainerCallback):
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _arguments(
-    settings: Settings, folder: Path, world: int, *, keep: bool
-) -> TrainingArguments:
+def _arguments(settings: Settings, folder: Path, world: int, *, keep: bool) -> TrainingArguments:
     on_cpu = not torch.cuda.is_available()
     if settings.precision == "fp16" and on_cpu:
         raise _refused(
@@ -270,7 +268,7 @@ def _arguments(
         **cast(Any, sharded),
     )
     # Several GPUs of one process would be given copies of the model that no hook hears.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # pyright: ignore[reportPrivateUsage]
     return arguments
 
 
@@ -309,7 +307,7 @@ def _prepare(model: Any, settings: Settings) -> None:
 
 
 @contextmanager
-def _zeros_kept(small: Small) -> Iterator[None]:
+def _zeros_kept(small: Small) -> Generator[None]:
     """While active, what is zero in a map's weight gets no gradient, and so stays zero."""
     handles: list[Any] = []
     for name in small.maps:
@@ -324,12 +322,10 @@ def _zeros_kept(small: Small) -> Iterator[None]:
             handle.remove()
 
 
-def _state(
-    trainer: Trainer, model: nn.Module, settings: Settings
-) -> Mapping[str, torch.Tensor]:
+def _state(trainer: Trainer, model: nn.Module, settings: Settings) -> Mapping[str, torch.Tensor]:
     """Returns the trained tensors by the student's own names, on the CPU."""
     if settings.method == "lora":
-        found: Mapping[str, torch.Tensor] = merged(model).state_dict()
+        found: Mapping[str, Any] = merged(model).state_dict()
     else:
         found = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
