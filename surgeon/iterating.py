@@ -245,7 +245,11 @@ class Keep:
         return State(number, replace(plan, source=(), rewrites=()), rewrites, entries, notes)
 
     def add(self, state: State) -> None:
-        """Keeps a finished round: complete, or not at all."""
+        """Keeps a finished round: complete, or not at all. The first process writes."""
+        from surgeon.calibrate.parallel import rank
+
+        if rank() != 0:
+            return
         made: Pruned = self.result(state)
         made.save(self.folder / f"round-{state.rounds}", overwrite=True, verify=False)
 

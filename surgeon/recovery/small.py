@@ -21,7 +21,8 @@ from surgeon.emit.huggingface import Emission, final
 from surgeon.emit.in_memory import in_memory
 from surgeon.emit.layers import layer_shapes
 from surgeon.errors import Code, SurgeonError
-from surgeon.ir import Program
+from surgeon.ir import Program, Ref
+from surgeon.ir.program import op_refs
 from surgeon.recovery.graph import trainable
 from surgeon.runtime.apply import Get, removed
 
@@ -162,10 +163,21 @@ def _trained(program: Program, name: str) -> bool:
 
 def _maps(axes: Axes, names: Mapping[str, str]) -> tuple[str, ...]:
     """Returns the weights that something is multiplied with, but those that make the output."""
-    outputs = set(axes.program.outputs)
-    found = {c.param: None for c in contractions(axes.program)}
-    head = {c.param for c in contractions(axes.program) if c.out in outputs}
-    return tuple(name for name in found if name in names and name not in head)
+    program = axes.program
+    made = {c.out: c.param for c in contractions(program)}
+    head: set[str] = set()
+    seen, left = set[str](), list(program.outputs)
+    while left:
+        value = left.pop()
+        if value in seen or value not in program.producer:
+            continue
+        seen.add(value)
+        if value in made:
+            head.add(made[value])
+            continue
+        refs = op_refs(program.ops[program.producer[value]])
+        left += [ref.name for ref in refs if isinstance(ref, Ref)]
+    return tuple(n for n in dict.fromkeys(made.values()) if n in names and n not in head)
 
 
 def _streams(axes: Axes, selection: Selection) -> tuple[Stream, ...]:
