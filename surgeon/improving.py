@@ -217,4 +217,5 @@ def _longer(recipe: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, 
     """Returns a run's recipe with the training at its end; none where rounds can't say it."""
     if not recipe or recipe.get("schedule"):
         return {}
-    return {**recipe, "passes": [*recipe["passes"], {"compensate": PASS, **options}]}
+    kept = {name: value for name, value in options.items() if name != "checkpoints"}
+    return {**recipe, "passes": [*recipe["passes"], {"compensate": PASS, **kept}]}

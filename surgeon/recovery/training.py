@@ -100,6 +100,13 @@ def trained(job: Job) -> Trained:
         arguments = _arguments(settings, folder, world, keep=job.folder is not None)
         bar = stack.enter_context(Bar(settings.steps, f"recover ({settings.method})"))
         trainer = _Trainer(job, model, arguments, data, [_Progress(bar), _Finite()])
+        if settings.method == "lora" and trainer.is_fsdp_enabled:
+            raise _refused(
+                "method",
+                "adapters can't be merged into shards",
+                "FSDP shares the weights out among the processes",
+                "method=full, or processes that each hold the model",
+            )
         stack.enter_context(trainer.listening())
         if settings.keep_zeros:
             stack.enter_context(_zeros_kept(job.student))

@@ -202,7 +202,7 @@ def test_a_folder_is_recovered_into_another(folders: dict[str, Path], tmp_path: 
         "compensate/recover",
     ]
     # The recipe of both together makes the same again.
-    assert command("recipe", out).out.count("recover") == 1
+    assert command("recipe", out).out.count("compensate: recover") == 1
     made = surgeon.prune(folders["dense"], recipe=report["as_recipe"], verify=False)
     made.save(tmp_path / "again", verify=False)
     one, two = weights_of(out), weights_of(tmp_path / "again")
