@@ -155,8 +155,12 @@ def test_recovery_in_each_round_of_a_recipe() -> None:
             {"score": "magnitude"},
             {"select": "uniform"},
             {
-                "compensate": "recover", "steps": 4, "length": 16, "rate": 1e-2,
-                "distill": "hidden", "weight": 0.5,
+                "compensate": "recover",
+                "steps": 4,
+                "length": 16,
+                "rate": 1e-2,
+                "distill": "hidden",
+                "weight": 0.5,
             },
         ],
     }
