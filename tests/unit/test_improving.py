@@ -242,7 +242,7 @@ def test_two_processes_learn_what_one_learns(folders: dict[str, Path], tmp_path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("256 tokens in 4 steps") == 1  # one process speaks and writes
