@@ -35,6 +35,8 @@ _HOME = {
     "capture": "surgeon.pipeline",
     "open_model": "surgeon.pipeline",
     "prune": "surgeon.pipeline",
+    "prune_iteratively": "surgeon.improving",
+    "recover": "surgeon.improving",
     "verify": "surgeon.pipeline",
 }
 
@@ -52,6 +54,8 @@ __all__ = [
     "capture",
     "open_model",
     "prune",
+    "prune_iteratively",
+    "recover",
     "verify",
 ]
 

@@ -13,6 +13,7 @@ import typer
 from surgeon.commands import calibrate as command_calibrate
 from surgeon.commands import graph, latency, passes, see, values
 from surgeon.commands import prune as command_prune
+from surgeon.commands import recover as command_recover
 from surgeon.commands.arguments import (
     DeviceOption,
     JsonOption,
@@ -36,6 +37,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an e
 
 
 command_prune.add(app)
+command_recover.add(app)
 see.add(app)
 command_calibrate.add(app)
 app.command()(graph.graph)

@@ -11,27 +11,22 @@ Reference: Han et al., Learning both Weights and Connections for Efficient Neura
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.budget import Budget
-from surgeon.axes.compose import compose
-from surgeon.axes.plan import Plan, Selection
-from surgeon.axes.settle import analyse
-from surgeon.axes.surgery import operate
 from surgeon.effects import PassResult
 from surgeon.errors import Code, SurgeonError
+from surgeon.judging import Hooks, Quality, Verdict, judge_of
 from surgeon.opening import Model
 from surgeon.planning import Passes, planned, windows_of
+from surgeon.rounds import State, ground_of, joined, left_of
 
 if TYPE_CHECKING:
-    import torch
-
     from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.calibrate.data import Windows
     from surgeon.pruned import Pruned
@@ -39,54 +34,6 @@ if TYPE_CHECKING:
 
 HELD = 8
 """One window in so many is held out where quality is watched."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What finished rounds have come to, in terms of the original model.
-
-    Attributes:
-        rounds: how many are finished.
-        plan: what is gone.
-        rewrites: full-size tensors that replace others.
-        entries: the report's record of every pass of every round.
-        notes: what passes had to say.
-    """
-
-    rounds: int = 0
-    plan: Plan = field(default_factory=Plan)
-    rewrites: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    entries: tuple[Mapping[str, Any], ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-class Left(Mapping[str, "torch.Tensor"]):
-    """The tensors of a model after a plan, each made when it is read."""
-
-    def __init__(self, origin: Model, state: State, names: tuple[str, ...]) -> None:
-        self.origin, self.state, self.names = origin, state, names
-        self.selection = Selection(origin.axes, state.plan)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        from surgeon.runtime.apply import removed
-
-        if name not in self.names:
-            raise KeyError(name)
-        found = self.state.rewrites.get(name)
-        return removed(self.selection, name, self.origin.read(name) if found is None else found)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def left_of(origin: Model, state: State) -> Model:
-    """Returns the model that is left after some rounds."""
-    program = operate(origin.axes, state.plan)
-    names = tuple(p.name for p in program.params)
-    return Model(None, program, analyse(program), Left(origin, state, names))
 
 
 def share(schedule: ScheduleKeys, number: int) -> float:
@@ -142,51 +89,6 @@ def remaining(origin: Axes, now: Axes, budget: Budget, part: float) -> Budget:
     )
 
 
-def joined(origin: Model, state: State, plan: Plan, rewrites: Mapping[str, Any]) -> State:
-    """Returns the state after a further plan, told in indices of the original model.
-
-    Args:
-        origin: the original model.
-        state: before.
-        plan: of what is left.
-        rewrites: tensors of what is left, in its sizes, that replace others before the plan.
-    """
-    import torch
-
-    selection = Selection(origin.axes, state.plan)
-    found = dict(state.rewrites)
-    for name, tensor in rewrites.items():
-        before = found.get(name)
-        full = (origin.read(name).detach() if before is None else before).float().clone()
-        flat = torch.from_numpy(selection.flat(name))
-        full.reshape(-1)[flat] = tensor.reshape(-1).float()
-        found[name] = full
-    return replace(state, plan=compose(origin.axes, state.plan, plan), rewrites=found)
-
-
-class Quality:
-    """Perplexity on windows that no pass sees, relative to the dense model's.
-
-    Args:
-        origin: the original model.
-        held: the windows.
-        worst: the largest that will do.
-    """
-
-    def __init__(self, origin: Model, held: Windows, worst: float) -> None:
-        self.held, self.worst = held, worst
-        self.dense = self._loss(origin)
-
-    def _loss(self, model: Model) -> float:
-        from surgeon.calibrate.gathered import Gathered
-
-        return Gathered(model.axes, model.read, self.held).loss(Plan())
-
-    def of(self, model: Model) -> float:
-        """Returns the model's perplexity over the dense one's."""
-        return math.exp(self._loss(model) - self.dense)
-
-
 def _split(
     origin: Model, data: CalibrationData, watched: bool, notes: list[str]
 ) -> tuple[Windows, Windows | None]:
@@ -212,6 +114,7 @@ def iterate(
     *,
     calibration: CalibrationData,
     keep: Keep | None = None,
+    hooks: Hooks | None = None,
 ) -> State:
     """Returns what a schedule's rounds come to.
 
@@ -222,20 +125,22 @@ def iterate(
         budget: all that is to go.
         calibration: the data; it is drawn once, and each round computes on it anew.
         keep: where finished rounds are kept; the first one to do follows on those that are there.
+        hooks: what the caller does in each round.
 
     Raises:
         SurgeonError: `bad-ratio` where the first round is already worse than allowed; what reading
             data and passes refuse.
     """
-    schedule = recipe.schedule
+    schedule, hooks = recipe.schedule, hooks or Hooks()
     assert schedule is not None
-    watched = schedule.stop_if_worse_than is not None
+    watched = schedule.stop_if_worse_than is not None and hooks.evaluate is None
     windows, quality = None, None
     said: list[str] = []
     if passes.look or watched:
         windows, held = _split(origin, calibration, watched, said)
         if held is not None and schedule.stop_if_worse_than is not None:
             quality = Quality(origin, held, schedule.stop_if_worse_than)
+    judge = judge_of(quality, origin, hooks, schedule)
     state = State() if keep is None else keep.latest()
     for number in range(state.rounds + 1, schedule.rounds + 1):
         start = time.perf_counter()
@@ -244,25 +149,33 @@ def iterate(
         if not (now.ratio or any(now.roles.values())):
             state = replace(state, rounds=number)  # the rounds before took more than their share
             continue
-        made = planned(model, passes, now, calibration=windows, seed=recipe.seed)
-        after = joined(origin, state, made.plan, made.rewrites)
-        effect: dict[str, Any] = {"gone": share(schedule, number)}
-        worse = None if quality is None else quality.of(left_of(origin, after))
-        if quality is not None and worse is not None:
-            effect |= {"perplexity": math.exp(quality.dense) * worse, "relative": worse}
+        made = planned(
+            model,
+            passes,
+            now,
+            calibration=windows or calibration,
+            seed=recipe.seed,
+            ground=ground_of(origin, state),
+        )
+        after, records = joined(origin, state, made.plan, made.rewrites), [*made.results]
+        if hooks.train is not None:
+            after, record = hooks.trained(origin, after, number)
+            records.append(record)
+        verdict = None if judge is None else judge(after)
+        effect = {"gone": share(schedule, number), **(verdict.effect if verdict else {})}
         options = {"round": number, "of": schedule.rounds}
         result = PassResult("round", "", options, time.perf_counter() - start, effect)
-        entries = [*state.entries, *(r.to_json() for r in made.results), result.to_json()]
+        entries = [*state.entries, *(r.to_json() for r in records), result.to_json()]
         notes = tuple(dict.fromkeys([*said, *state.notes, *made.notes]))
-        if quality is not None and worse is not None and not worse <= quality.worst:
-            return _stopped(state, number, worse, quality.worst, result)
+        if verdict is not None and not verdict.good:
+            return _stopped(state, number, verdict, result)
         state = replace(after, rounds=number, entries=tuple(entries), notes=notes)
         if keep is not None:
             keep.add(state)
     return state
 
 
-def _stopped(state: State, number: int, worse: float, worst: float, result: PassResult) -> State:
+def _stopped(state: State, number: int, verdict: Verdict, result: PassResult) -> State:
     """Returns the last good state.
 
     Raises:
@@ -273,12 +186,12 @@ def _stopped(state: State, number: int, worse: float, worst: float, result: Pass
             Code.BAD_RATIO,
             "the first round is already worse than allowed",
             at="schedule.stop_if_worse_than",
-            why=f"perplexity is {worse:.3f} times that of the dense model, {worst:g} is allowed",
+            why=f"its {verdict.words}, {verdict.worst:g} is allowed",
             try_="a smaller ratio, more rounds, other passes, or a larger threshold",
-            data={"relative": worse, "allowed": worst},
+            data={"value": verdict.value, "allowed": verdict.worst},
         )
     note = (
-        f"stopped before round {number}, whose perplexity is {worse:.3f} times the dense model's: "
+        f"stopped before round {number}, whose {verdict.words}: "
         f"this is the model after round {state.rounds}"
     )
     return replace(state, entries=(*state.entries, result.to_json()), notes=(*state.notes, note))
@@ -332,7 +245,11 @@ class Keep:
         return State(number, replace(plan, source=(), rewrites=()), rewrites, entries, notes)
 
     def add(self, state: State) -> None:
-        """Keeps a finished round: complete, or not at all."""
+        """Keeps a finished round: complete, or not at all. The first process writes."""
+        from surgeon.calibrate.parallel import rank
+
+        if rank() != 0:
+            return
         made: Pruned = self.result(state)
         made.save(self.folder / f"round-{state.rounds}", overwrite=True, verify=False)
 

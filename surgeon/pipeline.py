@@ -30,6 +30,7 @@ from surgeon.trimming import ALONE, only_vocabulary, trimmed, trimming_of
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.calibrate.stored import Stored
+    from surgeon.judging import Hooks
     from surgeon.recipes.schema import Recipe
     from surgeon.report.verify import Verification
 
@@ -80,7 +81,9 @@ def prune(
     dynamic_shapes: Any = None,
     trust_remote_code: bool = False,
     target: str | None = None,
+    schedule: Mapping[str, Any] | None = None,
     rounds: str | Path | None = None,
+    hooks: Hooks | None = None,
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
@@ -126,8 +129,10 @@ def prune(
         dynamic_shapes: the same.
         trust_remote_code: run modelling code that comes with a checkpoint.
         target: `transformers`, or a graph target (`pt2`, `onnx`), which can express any plan.
+        schedule: keys of a recipe's schedule: `rounds`, `shape`, `stop_if_worse_than`.
         rounds: folder where finished rounds of a recipe's schedule are kept, from which a run after
             an interruption goes on.
+        hooks: training and evaluation of the caller's own in each round; see `prune_iteratively`.
 
     Raises:
         SurgeonError: with the reason, before anything is written.
@@ -172,6 +177,7 @@ def prune(
             "compensate": named(compensate, compensate_options),
             "then": named(then, then_options),
         },
+        schedule=schedule or {},
         target=target,
         seed=seed,
         model=str(source) if isinstance(source, str | Path) else None,
@@ -179,7 +185,15 @@ def prune(
     )
     settled = changes.applied(load_recipe(DEFAULT_RECIPE if recipe is None else recipe))
     folder = None if rounds is None else Path(rounds)
-    return run(source, settled, opening, calibration=calibration, rounds=folder, verify=verify)
+    return run(
+        source,
+        settled,
+        opening,
+        calibration=calibration,
+        rounds=folder,
+        verify=verify,
+        hooks=hooks,
+    )
 
 
 def run(
@@ -190,6 +204,7 @@ def run(
     calibration: CalibrationData | None = None,
     rounds: Path | None = None,
     verify: bool = True,
+    hooks: Hooks | None = None,
 ) -> Pruned:
     """Returns the smaller model that a recipe makes of a source; see `prune`.
 
@@ -200,6 +215,7 @@ def run(
         calibration: data that no recipe can name, such as token ids, in place of its sources.
         rounds: folder where finished rounds of a schedule are kept, and found by a run after.
         verify: compare with the masked reference now.
+        hooks: what the caller does in each round of a schedule.
     """
     passes = Passes.of(recipe.passes)
     _check_asked(recipe, passes)
@@ -224,7 +240,9 @@ def run(
             return result(state.plan, state.rewrites, state.entries, state.notes)
 
         keep = None if rounds is None else Keep(rounds, of_state, spelled, origin.fingerprint())
-        state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep)
+        if hooks is not None:
+            hooks = replace(hooks, model=lambda state: of_state(state).model)
+        state = iterate(origin, recipe, passes, budget, calibration=data, keep=keep, hooks=hooks)
         return _finished(trimmed(of_state(state), trimming), verify)
     if only_vocabulary(recipe):
         return _finished(trimmed(result(Plan(), {}, [], (ALONE,)), trimming), verify)

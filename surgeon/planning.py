@@ -15,6 +15,7 @@ from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.ir.verify import verify as verify_program
 from surgeon.opening import Model
 from surgeon.plugin import Calibration, Context, GetScores
+from surgeon.recovering import Ground
 from surgeon.registry import build
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def planned(
     *,
     calibration: Recipe | Windows | Stored | None = None,
     seed: int = 0,
+    ground: Ground | None = None,
 ) -> Planned:
     """Returns the plan, the tensors that replace others before it is applied, and their record.
 
@@ -177,6 +179,7 @@ def planned(
         calibration: the data for passes that look at what the model computes, or statistics that
             were gathered before.
         seed: for passes that draw at random.
+        ground: where `origin` is what rounds left of another model: that, and what they did.
 
     Raises:
         SurgeonError: `bad-option` where a pass needs data and there is none; what passes refuse;
@@ -185,12 +188,15 @@ def planned(
     verify_program(origin.program)
     run = _Run(origin, budget, seed)
     data = run.gathered(passes, calibration) if passes.look else None
+    ground = ground or Ground(origin)
     changed: dict[str, Any] = {}
+    made_by: list[Mapping[str, Any]] = []
     for step in passes.transform:
         # What is known of most values outlasts an exact change: one walk serves the later passes.
         context = run.context(changed, data, (step, *(passes.later if step.made.exact else ())))
         made = run.rewriting(step, lambda c=context, p=step: p.made.transform(c), context)
         changed.update(made)
+        made_by.append(made)
         if data is not None and made:
             data = data.with_rewrites(made, dense=True, exact=step.made.exact)
     plan = Plan()
@@ -202,6 +208,15 @@ def planned(
     for number, step in enumerate(after):
         seen = data.with_rewrites(mended, dense=False) if data is not None and mended else data
         context = run.context({**changed, **mended}, seen, after[number:], plan)
+        dense, basis = _teacher(passes, made_by, ground)
+        train = ground.training(
+            {**changed, **mended},
+            calibration=calibration,
+            dense=dense,
+            basis=basis,
+            notes=context.notes,
+        )
+        context = replace(context, training=train)
         mended |= run.rewriting(step, lambda c=context, p=step: _called(p, c), context)
     return Planned(plan, {**changed, **mended}, tuple(run.results), tuple(run.notes))
 
@@ -211,6 +226,26 @@ def _called(step: Named, context: Context) -> Any:
     if step.kind == "compensate":
         return step.made.compensate(context, context.plan)
     return step.made.transform(context)
+
+
+def _teacher(
+    passes: Passes, made: Sequence[Mapping[str, Any]], ground: Ground
+) -> tuple[dict[str, Any], str]:
+    """Returns the dense model's tensors in the basis that passes see, and why that can't be told.
+
+    Exact changes at the beginning are the teacher's as well. What else transforms do, such as a
+    mask, is what is to be made up for.
+    """
+    exact = [step.made.exact for step in passes.transform]
+    first = exact.index(False) if False in exact else len(exact)
+    if ground.scheduled:
+        why = "transforms of earlier rounds may have changed the basis" if any(exact) else ""
+        return {}, why
+    dense: dict[str, Any] = {}
+    for found in made[:first]:
+        dense.update(found)
+    late = any(exact[first:])
+    return dense, "a transform changes the basis after another changed values" if late else ""
 
 
 class _Run:
@@ -272,7 +307,8 @@ class _Run:
         """Returns the tensors that a pass gives, checked and put on record."""
         start = time.perf_counter()
         made = check_tensors(self.origin.axes, step.label, call())
-        self.note(step, context, time.perf_counter() - start, of_tensors(made))
+        effect = {**of_tensors(made), **context.facts}
+        self.note(step, context, time.perf_counter() - start, effect)
         return made
 
     def select(self, context: Context, score: Named, select: Named) -> Plan:

@@ -168,6 +168,8 @@ class Context:
         budget: what is to go in all; its `axes` and `branches` are all that may.
         plan: what goes, for passes that stand after the selection; before it, and where nothing
             is selected, the empty plan.
+        facts: gets figures that the report keeps with what the driver records of the pass.
+        training: trains what a plan leaves, for passes that need it.
     """
 
     axes: Axes
@@ -178,6 +180,8 @@ class Context:
     calibration: Calibration | None = None
     budget: Budget = field(default_factory=Budget)
     plan: Plan = field(default_factory=Plan)
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    training: Callable[[Plan, Any], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
 
     @property
     def program(self) -> Program:
@@ -279,6 +283,18 @@ class Context:
         data = self.calibration
         data = None if data is None else data.with_rewrites(rewrites, dense=False)
         return replace(self, weights=weights, calibration=data)
+
+    def recovered(self, plan: Plan, settings: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Returns the full-size tensors that training what a plan leaves comes to, and figures.
+
+        For compensations that need `training`.
+
+        Args:
+            plan: what is removed.
+            settings: the options of pass `recover`, under their names.
+        """
+        assert self.training is not None, "the driver supplies what a pass says it needs"
+        return self.training(plan, settings)
 
     def unable(self, target: str, why: str) -> SurgeonError:
         """Returns the refusal of a pass that can't treat an axis or a branch."""

@@ -20,6 +20,7 @@ from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
 from surgeon.emit.target import find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
+from surgeon.report.curve import curve, curves_of
 from surgeon.report.page import report_page
 from surgeon.runtime.logits import positions_of
 
@@ -30,6 +31,7 @@ PLAN_FILE = "plan.json"
 REWRITES_FILE = "plan.safetensors"
 REPORT_FILE = "surgeon.json"
 PAGE_FILE = "report.html"
+CURVE_FILE = "loss.svg"
 
 
 def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
@@ -122,8 +124,11 @@ def _write_report(folder: Path, pruned: Pruned, report: Report) -> None:
     (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     gone, axes = dropped(pruned.axes, pruned.plan), pruned.axes.axes
     names = {axis.name for axis in axes if all(m.param in gone for m in axis.members)}
-    page = report_page(json.loads(report.to_json()), names)
+    told = json.loads(report.to_json())
+    page = report_page(told, names)
     (folder / PAGE_FILE).write_text(page, encoding="utf-8")
+    if trainings := curves_of(told):
+        (folder / CURVE_FILE).write_text(curve(trainings) + "\n", encoding="utf-8")
 
 
 def _write_map(file: Path, plan: Plan) -> None:

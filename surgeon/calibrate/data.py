@@ -84,6 +84,41 @@ class Windows:
     origin: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where windows lie in their texts, so that any number of them takes no more than the texts.
+
+    Attributes:
+        texts: token ids by source.
+        starts: by source, where its windows begin.
+        length: tokens in a window.
+        origin: by source, how many windows came from it and how many tokens it has.
+    """
+
+    texts: tuple[NDArray[np.int64], ...]
+    starts: tuple[NDArray[np.int64], ...]
+    length: int
+    origin: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+
+    def __len__(self) -> int:
+        return sum(len(found) for found in self.starts)
+
+    def window(self, number: int) -> NDArray[np.int64]:
+        """Returns one window's token ids, [length]; windows stand in the order of their sources."""
+        for ids, starts in zip(self.texts, self.starts, strict=True):
+            if number < len(starts):
+                return ids[starts[number] : starts[number] + self.length]
+            number -= len(starts)
+        raise IndexError(number)
+
+    @classmethod
+    def of(cls, windows: Windows) -> Places:
+        """Returns the places of windows that were drawn before."""
+        samples, length = windows.ids.shape
+        starts = np.arange(samples, dtype=np.int64) * length
+        return cls((windows.ids.reshape(-1),), (starts,), length, windows.origin)
+
+
 def draw(
     recipe: Recipe,
     tokenizer: Any,
@@ -91,7 +126,19 @@ def draw(
     vocab: int | None = None,
     notes: list[str] | None = None,
 ) -> Windows:
-    """Returns windows whose starts are drawn uniformly, the same for the same seed.
+    """Returns the windows whose places are drawn; see `places`."""
+    found = places(recipe, tokenizer, vocab=vocab, notes=notes)
+    return Windows(np.stack([found.window(i) for i in range(len(found))]), found.origin)
+
+
+def places(
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    vocab: int | None = None,
+    notes: list[str] | None = None,
+) -> Places:
+    """Returns where windows lie whose starts are drawn uniformly, the same for the same seed.
 
     A recipe without sources gets the text of last resort, and the user a warning.
 
@@ -112,16 +159,17 @@ def draw(
         if notes is not None:
             notes.append(warning())
     generator = np.random.default_rng(recipe.seed)
-    found: list[NDArray[np.int64]] = []
+    texts: list[NDArray[np.int64]] = []
+    starts: list[NDArray[np.int64]] = []
     origin: dict[str, tuple[int, int]] = {}
     for piece, count in zip(recipe.pieces, _shares(recipe), strict=True):
         ids = _tokens(piece, tokenizer)
         _check(piece, ids, recipe.length, vocab)
-        starts = generator.integers(0, len(ids) - recipe.length + 1, size=count)
-        found.append(ids[starts[:, None] + np.arange(recipe.length)])
+        texts.append(ids)
+        starts.append(generator.integers(0, len(ids) - recipe.length + 1, size=count))
         before = origin.get(piece.name, (0, 0))[0]
         origin[piece.name] = (before + count, len(ids))
-    return Windows(np.concatenate(found), origin)
+    return Places(tuple(texts), tuple(starts), recipe.length, origin)
 
 
 def _shares(recipe: Recipe) -> list[int]:

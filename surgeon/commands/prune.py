@@ -31,6 +31,13 @@ StatisticsOption = Annotated[
     Path | None, typer.Option(help="what 'surgeon calibrate' wrote, in place of calibration data")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")]
+RoundsOption = Annotated[
+    int | None, typer.Option(help="prune in so many rounds, each looking at the text anew")
+]
+WorseOption = Annotated[
+    float | None,
+    typer.Option(help="stop the rounds at a perplexity so many times the dense model's"),
+]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="plan only, write nothing")]
 NoVerifyOption = Annotated[
     bool, typer.Option("--no-verify", help="skip the comparison with the masked model")
@@ -51,6 +58,7 @@ ReplaysAlone = (
         "statistics",
     ),
     *("trim_vocab", "vocab_keep", "vocab_coverage", "vocab_always"),
+    *("rounds", "stop_if_worse_than"),
 )
 """Options of `prune` that would make another plan than the one that is replayed."""
 
@@ -91,8 +99,11 @@ def _done(
     result: Pruned, out: Path | None, *, overwrite: bool, verify: bool, as_json: bool
 ) -> None:
     """Writes a result, or nothing where there is no place for it, and shows what it is."""
+    from surgeon.calibrate.parallel import rank
     from surgeon.commands.printing import print_report
 
+    if rank() != 0:
+        return  # of the processes that a launcher started, the first one writes
     if out is None:
         report = result.report
         if not result.is_graph:
@@ -206,6 +217,8 @@ def prune(
         str | None,
         typer.Option(help="transformers, or pt2 or onnx, which can express any plan"),
     ] = None,
+    rounds: RoundsOption = None,
+    stop_if_worse_than: WorseOption = None,
     seed: Annotated[
         int | None, typer.Option(help="for passes that draw, and for calibration windows")
     ] = None,
@@ -266,6 +279,7 @@ def prune(
                     ("then", _chosen(then), then_option),
                 )
             },
+            schedule={"rounds": rounds, "stop_if_worse_than": stop_if_worse_than},
             target=to,
             seed=seed,
             model=model,

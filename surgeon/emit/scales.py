@@ -34,6 +34,11 @@ class Scale:
         factor = self.base ** float(self.fold.exponent)
         return (tensor.double() + self.fold.offset) * factor - self.fold.offset
 
+    def undo(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what `apply` makes this tensor of, computed in double precision."""
+        factor = self.base ** float(self.fold.exponent)
+        return (tensor.double() + self.fold.offset) / factor - self.fold.offset
+
 
 def table_ratios(
     axes: Axes, selection: Selection, candidate: Candidate, buffers: Mapping[str, torch.Tensor]

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import Code, SurgeonError
-from surgeon.recipes.schema import Recipe, SourceKeys, Step, VocabularyKeys, misplaced
+from surgeon.recipes.schema import (
+    Recipe,
+    ScheduleKeys,
+    SourceKeys,
+    Step,
+    VocabularyKeys,
+    misplaced,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Changes:
             to the recipe's; the rest replaces.
         calibration: by key of a recipe's calibration.
         passes: by place (`surgeon.recipes.schema.PLACES`): a kind of pass, or `then`.
+        schedule: by key of a recipe's schedule; a recipe without one gets one.
         target: of the result.
         seed: for passes and calibration windows.
         model: what the recipe is for.
@@ -66,6 +74,7 @@ class Changes:
     budget: Mapping[str, Any] = field(default_factory=dict[str, Any])
     calibration: Mapping[str, Any] = field(default_factory=dict[str, Any])
     passes: Mapping[str, Named] = field(default_factory=dict[str, Named])
+    schedule: Mapping[str, Any] = field(default_factory=dict[str, Any])
     target: str | None = None
     seed: int | None = None
     model: str | None = None
@@ -116,6 +125,9 @@ class Changes:
             updates["budget"] = recipe.budget.model_copy(update=budget)
         if data:
             updates["calibration"] = recipe.calibration.model_copy(update=data)
+        rounds = {key: value for key, value in self.schedule.items() if value is not None}
+        if rounds:
+            updates["schedule"] = _schedule(recipe.schedule, rounds)
         return recipe.model_copy(update=updates)
 
 
@@ -139,6 +151,29 @@ def _vocabulary(recipe: Recipe, keys: Mapping[str, Any]) -> VocabularyKeys:
     found = from_data(data, "the options").vocabulary
     assert found is not None
     return found
+
+
+def _schedule(before: ScheduleKeys | None, given: Mapping[str, Any]) -> ScheduleKeys:
+    """Returns a schedule with some keys replaced.
+
+    Raises:
+        SurgeonError: `bad-option` for a key that there isn't, or a value that means nothing.
+    """
+    from pydantic import ValidationError
+
+    own = {} if before is None else before.model_dump(exclude_unset=True)
+    try:
+        return ScheduleKeys.model_validate({**own, **given})
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = str(found["loc"][0]) if found["loc"] else "schedule"
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"'{key}' is not usable" if key in given else f"'{key}' is missing",
+            at=f"schedule.{key}",
+            why=found["msg"],
+            try_="rounds=3; stop_if_worse_than is above 1: 1.2 allows a fifth more",
+        ) from error
 
 
 def calibration_of(data: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from surgeon.report.colours import shade
+from surgeon.report.curve import curve, curves_of
 from surgeon.report.graph_page import filled
 from surgeon.report.heatmap import heatmap
 from surgeon.report.tables import Row, Unit, text, vocabulary_words
@@ -116,6 +117,13 @@ def _zeros(found: Mapping[str, Any]) -> str:
     )
 
 
+def _trainings(report: Mapping[str, Any]) -> list[str]:
+    found = curves_of(report)
+    if not found:
+        return []
+    return [_section("Training: loss by step", f'<div class="wide">{curve(found)}</div>')]
+
+
 def _recipe(report: Mapping[str, Any]) -> str:
     rows: list[Sequence[str]] = []
     for step in report["recipe"]:
@@ -194,6 +202,7 @@ def report_page(report: Mapping[str, Any], gone: Collection[str] = ()) -> str:
         sections.append(_section("Dropped branches", _list(report["branches"])))
     sections += [
         _section("Compared with the masked model", _verification(report["verification"])),
+        *_trainings(report),
         _section("Recipe", _recipe(report), f"<p>{escape(seconds)}</p>"),
         _section("Written", _table(("", ""), _written(report))),
     ]

@@ -77,6 +77,10 @@ def test_recipes() -> None:
     check("recipes.md", model=models.tiny("Llama"))
 
 
+def test_recovery() -> None:
+    check("recovery.md", model=models.tiny("Llama"))
+
+
 def test_an_operation_of_ones_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch, learn: Callable[[str], None]
 ) -> None:
