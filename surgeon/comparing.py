@@ -1,0 +1,401 @@
+"""One model, or several beside one of them: what they are, and everything measured of them.
+
+Models are opened one at a time and given up before the next one is; of the first, only its
+predictions stay, in a scratch folder. Speed alone is measured with all of them loaded, each in a
+process of its own, since it has to be measured in turns.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict, Unpack
+
+from surgeon import exporting
+from surgeon.errors import Code, SurgeonError, near
+from surgeon.opening import Model, open_model
+from surgeon.pruned import versions
+from surgeon.report import facts as f
+from surgeon.report.agreement import Agreement, Differences, Kept, vocabulary
+from surgeon.report.comparison import Evaluated, Evaluation, Scored, Settings, Written
+from surgeon.report.evaluate import Perplexity, Text, Windows, default_text, read_text, score
+from surgeon.report.evaluate import windows_of as cut
+from surgeon.report.writing import measure, words
+from surgeon.runtime import bench
+from surgeon.runtime.generate import generate
+from surgeon.runtime.logits import positions_of
+from surgeon.viewing import costs_of
+
+_UNCAPTURED = (Code.CAPTURE_FAILED, Code.DATA_DEPENDENT, Code.BAD_PROGRAM)
+"""Refusals of an analysis that don't keep a model from running."""
+
+_DERIVED = (
+    *("parameters", "decoder_parameters", "sparsity"),
+    *("flops", "flops_context", "cache_bytes"),
+)
+
+
+class Options(TypedDict, total=False):
+    """What `evaluate` and `compare` take beside models.
+
+    The first ones are the fields of `Settings`, which says what they are.
+    """
+
+    window: int
+    windows: int
+    agreement_windows: int
+    prompts: Sequence[str]
+    new_tokens: int
+    speed: bool
+    repeat: int
+    tasks: Sequence[str]
+    limit: int | None
+    texts: Sequence[str | Path | Text]
+    """Files to score, or `Text`s; the built-in text without them."""
+    tokenizer: Any
+    """A folder with a tokenizer, or one itself, for models that have none beside them."""
+    tasks_path: Path | None
+    """A folder with further tasks for lm-eval."""
+    device: str
+    """`auto`, `cuda` or `cpu`."""
+    threads: int | None
+    """Threads of each model while it is timed."""
+    trust_remote_code: bool
+    """Run modelling code that comes with a checkpoint."""
+    progress: Callable[[str], None] | None
+    """Called with a line of text now and then."""
+
+
+def evaluate(model: Any, **options: Unpack[Options]) -> Evaluation:
+    """Returns what is measured of one model.
+
+    Args:
+        model: an ONNX or .pt2 file or the folder of one, or anything that `open_model` takes.
+        options: see `Options`.
+
+    Raises:
+        SurgeonError: why it can't be opened or scored.
+    """
+    return _run([model], 0, options)
+
+
+def compare(
+    models: Sequence[Any], *, against: Any = None, **options: Unpack[Options]
+) -> Evaluation:
+    """Returns what is measured of several models, and how they differ from one of them.
+
+    Args:
+        models: each as for `evaluate`.
+        against: which of them the others are compared with; the first without it.
+        options: see `Options`.
+
+    Raises:
+        SurgeonError: why one of them can't be opened, or the reference can't be scored.
+    """
+    if len(models) < 2:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{len(models)} models can't be compared",
+            at="the models",
+            why="a comparison is of a model with at least one other",
+            try_="name two, or measure one with 'surgeon eval'",
+        )
+    place = 0 if against is None else next((i for i, m in enumerate(models) if m is against), None)
+    if place is None and isinstance(against, str) and against in models:
+        place = models.index(against)
+    if place is None:
+        names = [str(m) for m in models]
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{against!s:.80} is none of the models",
+            at="--against",
+            why="the others are compared with one of those that were named",
+            try_=near(str(against), names),
+        )
+    return _run(models, place, options)
+
+
+def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
+    chosen = {k: v for k, v in options.items() if k in Settings.__dataclass_fields__}
+    for name in ("prompts", "tasks"):
+        chosen[name] = tuple(options.get(name, ()))
+    settings = Settings(**chosen)  # type: ignore[arg-type]
+    given = options.get("texts") or ()
+    texts = [t if isinstance(t, Text) else read_text(t) for t in given] or [default_text()]
+    if settings.tasks:
+        from surgeon.report.lm_eval import check_tasks
+
+        check_tasks(settings.tasks, options.get("tasks_path"))
+    known = words([*(t.content for t in texts), *settings.prompts])
+    names = [m if isinstance(m, str) else _name(m) for m in models]
+    found: dict[int, Evaluated] = {}
+    with TemporaryDirectory(prefix="surgeon-") as scratch:
+        run = _Run(settings, texts, known, Kept(Path(scratch)), options, len(models) > 1)
+        for index in (against, *(i for i in range(len(models)) if i != against)):
+            found[index] = run.model(models[index], names[index])
+            gc.collect()
+    speed, why = _speed(models, settings, options)
+    ordered = tuple(found[index] for index in range(len(models)))
+    return Evaluation(settings, ordered, against, speed, why, len(known), versions())
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, Path) else type(model).__name__
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model that runs."""
+
+    run: Any
+    tokenizer: Any
+    facts: f.Facts
+
+
+class _Run:
+    """Models measured one after the other, the reference first."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        texts: Sequence[Text],
+        known: frozenset[str],
+        kept: Kept,
+        options: Options,
+        several: bool,
+    ) -> None:
+        self._settings, self._texts, self._known, self._kept = settings, texts, known, kept
+        self._options, self._several = options, several
+        self._reference: list[tuple[Windows, int] | None] = []
+        self._first = ""
+
+    def model(self, model: Any, name: str) -> Evaluated:
+        """Returns everything that is measured of a model but its speed."""
+        say = self._options.get("progress") or (lambda _: None)
+        say(f"opening {name}")
+        ready = _open(model, self._options)
+        is_first = not self._first
+        self._first = self._first or name
+        texts: list[Scored] = []
+        for number, text in enumerate(self._texts):
+            say(f"{name}: {text.name}")
+            score_it = self._score_first if is_first else self._score
+            texts.append(score_it(number, text, ready, name))
+        written: list[Written] = []
+        for prompt in self._settings.prompts:
+            say(f"{name}: writing")
+            written.append(self._write(ready, name, prompt))
+        return Evaluated(
+            name,
+            ready.facts,
+            exporting.where(ready.run),
+            tuple(texts),
+            tuple(written),
+            self._tasks(ready, name, say),
+        )
+
+    def _windows(self, text: Text, ready: _Ready, name: str) -> Windows:
+        return cut(
+            exporting.need_tokenizer(ready.tokenizer, name),
+            text,
+            window=self._settings.window,
+            max_windows=self._settings.windows,
+            positions=positions_of(ready.run),
+        )
+
+    def _score_first(self, number: int, text: Text, ready: _Ready, name: str) -> Scored:
+        """Scores the reference, whose predictions are kept where others follow."""
+        windows = self._windows(text, ready, name)
+        sizes: list[int] = []
+
+        def keep(index: int, logits: Any) -> None:
+            sizes.append(vocabulary(logits))
+            if self._several and index < self._settings.agreement_windows:
+                self._kept.keep(number, index, logits)
+
+        found = score(ready.run, windows, on_window=keep)
+        self._reference.append((windows, sizes[0]))
+        return Scored(text.name, found)
+
+    def _score(self, number: int, text: Text, ready: _Ready, name: str) -> Scored:
+        windows = self._windows(text, ready, name)
+        reference = self._reference[number]
+        assert reference is not None
+        theirs, size = reference
+        differences, why = Differences(), ""
+        if not windows.same(theirs):
+            why = f"its tokenizer cuts the text up otherwise than that of {self._first}"
+        elif not self._settings.agreement_windows:
+            why = "no windows were asked for"
+
+        def add(index: int, logits: Any) -> None:
+            nonlocal why
+            own = vocabulary(logits)
+            if not why and own != size:
+                why = (
+                    f"it chooses among {own:,} tokens and {self._first} among {size:,}, so that "
+                    "their probabilities can't be compared"
+                )
+            if not why and index < self._settings.agreement_windows:
+                differences.add(self._kept.load(number, index), logits)
+
+        found: Perplexity | None = None
+        agreement: Agreement | None = None
+        try:
+            found = score(ready.run, windows, on_window=add)
+            agreement = None if why else differences.result()
+        except SurgeonError as error:
+            # The others can still be compared; what is missing is said in its place.
+            if error.code is not Code.RUNTIME_FAILED:
+                raise
+            why = f"{error.what}: {error.why}"
+        return Scored(text.name, found, agreement, why)
+
+    def _write(self, ready: _Ready, name: str, prompt: str) -> Written:
+        # One at a time: padding in a batch would move the logits by a rounding.
+        tokenizer = exporting.need_tokenizer(ready.tokenizer, name)
+        found = generate(ready.run, tokenizer, prompt, max_new_tokens=self._settings.new_tokens)
+        own = measure(found.text, found.tokens, self._known)
+        return Written(prompt, found.text, len(found.tokens), own)
+
+    def _tasks(
+        self, ready: _Ready, name: str, say: Callable[[str], None]
+    ) -> dict[str, dict[str, float]]:
+        if not self._settings.tasks:
+            return {}
+        from surgeon.report.lm_eval import run_tasks
+
+        say(f"{name}: {', '.join(self._settings.tasks)}")
+        return run_tasks(
+            ready.run,
+            exporting.need_tokenizer(ready.tokenizer, name),
+            self._settings.tasks,
+            path=self._options.get("tasks_path"),
+            limit=self._settings.limit,
+        )
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def _open(model: Any, options: Options) -> _Ready:
+    """Returns a model ready to run, with its figures."""
+    from surgeon.runtime.program_file import program_file
+
+    name = str(model) if isinstance(model, str | Path) else ""
+    if name and exporting.is_graph(name):
+        return _open_graph(name, options)
+    file = program_file(name) if name else None
+    return _open_program(file, options) if file is not None else _open_source(model, options)
+
+
+def _open_graph(name: str, options: Options) -> _Ready:
+    from surgeon.runtime.model import open_session, tokenizer_beside
+
+    session = open_session(name, device=options.get("device", "auto"))
+    tokenizer = tokenizer_beside(session.path) or _tokenizer(options)
+    return _Ready(session, tokenizer, f.of_graph(session.path, session))
+
+
+def _open_program(file: Path, options: Options) -> _Ready:
+    from surgeon.runtime.model import tokenizer_beside
+    from surgeon.runtime.program_file import load_program, open_module
+
+    device = options.get("device", "auto")
+    program = load_program(file, device=device)
+    module = open_module(file, device=device, program=program)
+    kind = "pt2", "torch.export program"
+    try:
+        opened = open_model(program)
+        found = f.of_program(*kind, opened.axes, costs_of(opened), opened.read)
+    except SurgeonError as error:
+        if error.code not in _UNCAPTURED:
+            raise
+        found = f.Facts(*kind).without(_reason(error), *_DERIVED)
+    found = replace(
+        found, disk_bytes=file.stat().st_size, memory_bytes=f.module_bytes(module)
+    )
+    return _Ready(module, tokenizer_beside(file) or _tokenizer(options), found)
+
+
+def _open_source(model: Any, options: Options) -> _Ready:
+    """Opens what Transformers loads; what can't be captured is run all the same."""
+    device, trust = options.get("device", "auto"), options.get("trust_remote_code", False)
+    try:
+        opened: Model | None = open_model(model, trust_remote_code=trust)
+        refusal = None
+    except SurgeonError as error:
+        if error.code not in _UNCAPTURED:
+            raise
+        opened, refusal = None, error
+    if opened is None:
+        from surgeon.capture.source import resolve
+
+        assert refusal is not None
+        source = resolve(model, trust_remote_code=trust)
+        run = exporting.load_to_measure(model, device=device, trust_remote_code=trust)
+        found = f.Facts(_kind(source.kind), source.model_class.__name__)
+        found = found.without(_reason(refusal), *_DERIVED)
+    else:
+        source = opened.source
+        assert source is not None
+        run = exporting.load_opened(opened, device=device)
+        architecture = source.model_class.__name__
+        found = f.of_program(
+            _kind(source.kind), architecture, opened.axes, costs_of(opened), opened.read
+        )
+    found = replace(found, memory_bytes=f.module_bytes(run))
+    files = source.weight_files
+    if files:
+        found = replace(found, disk_bytes=f.size_of(files))
+    else:
+        found = found.without("it was given as an object in memory", "disk_bytes")
+    return _Ready(run, source.load_tokenizer() or _tokenizer(options), found)
+
+
+def _kind(kind: str) -> str:
+    return {"folder": "checkpoint", "hub": "checkpoint", "alias": "gguf"}.get(kind, kind)
+
+
+def _reason(error: SurgeonError) -> str:
+    return f"it can't be analysed: {error.what}"
+
+
+def _tokenizer(options: Options) -> Any:
+    given = options.get("tokenizer")
+    if not isinstance(given, str | Path):
+        return given
+    from surgeon.capture.source import resolve
+
+    return resolve(str(given)).load_tokenizer()
+
+
+# --- speed ---------------------------------------------------------------------------------------
+
+
+def _speed(
+    models: Sequence[Any], settings: Settings, options: Options
+) -> tuple[bench.Comparison | None, str]:
+    """Returns how fast the models are, or why that can't be told."""
+    if not settings.speed:
+        return None, ""
+    if not all(isinstance(m, str | Path) for m in models):
+        return None, "a model in memory has no name by which another process could load it"
+    arguments = {
+        "device": options.get("device", "auto"),
+        "threads": options.get("threads"),
+        "trust_remote_code": options.get("trust_remote_code", False),
+    }
+    defaults = bench.Settings()
+    chosen = bench.Settings(
+        # A window's length is one that every model has positions for.
+        prompt_tokens=min(defaults.prompt_tokens, max(1, settings.window - defaults.new_tokens)),
+        repeat=settings.repeat,
+    )
+    names = [str(m) for m in models]
+    load = "surgeon.exporting:load_to_measure"
+    found = bench.compare(names, load, arguments, chosen, progress=options.get("progress"))
+    return found, ""
