@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from surgeon import exporting
 from surgeon.errors import Code, SurgeonError, near
@@ -28,6 +28,9 @@ from surgeon.runtime import bench
 from surgeon.runtime.generate import generate
 from surgeon.runtime.logits import positions_of
 from surgeon.viewing import costs_of
+
+if TYPE_CHECKING:
+    from surgeon.report.lm_eval import Tasks
 
 _UNCAPTURED = (Code.CAPTURE_FAILED, Code.DATA_DEPENDENT, Code.BAD_PROGRAM)
 """Refusals of an analysis that don't keep a model from running."""
@@ -125,15 +128,17 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     settings = Settings(**chosen)  # type: ignore[arg-type]
     given = options.get("texts") or ()
     texts = [t if isinstance(t, Text) else read_text(t) for t in given] or [default_text()]
+    tasks: Tasks | None = None
     if settings.tasks:
-        from surgeon.report.lm_eval import check_tasks
+        from surgeon.report.lm_eval import find_tasks
 
-        check_tasks(settings.tasks, options.get("tasks_path"))
+        tasks = find_tasks(settings.tasks, options.get("tasks_path"))
     known = words([*(t.content for t in texts), *settings.prompts])
     names = [m if isinstance(m, str) else _name(m) for m in models]
     found: dict[int, Evaluated] = {}
     with TemporaryDirectory(prefix="surgeon-") as scratch:
-        run = _Run(settings, texts, known, Kept(Path(scratch)), options, len(models) > 1)
+        kept = Kept(Path(scratch)) if len(models) > 1 else None
+        run = _Run(settings, texts, known, kept, tasks, options)
         for index in (against, *(i for i in range(len(models)) if i != against)):
             found[index] = run.model(models[index], names[index])
             gc.collect()
@@ -163,13 +168,13 @@ class _Run:
         settings: Settings,
         texts: Sequence[Text],
         known: frozenset[str],
-        kept: Kept,
+        kept: Kept | None,
+        tasks: Tasks | None,
         options: Options,
-        several: bool,
     ) -> None:
         self._settings, self._texts, self._known, self._kept = settings, texts, known, kept
-        self._options, self._several = options, several
-        self._reference: list[tuple[Windows, int] | None] = []
+        self._tasks, self._options = tasks, options
+        self._reference: list[tuple[Windows, int]] = []
         self._first = ""
 
     def model(self, model: Any, name: str) -> Evaluated:
@@ -194,7 +199,7 @@ class _Run:
             exporting.where(ready.run),
             tuple(texts),
             tuple(written),
-            self._tasks(ready, name, say),
+            self._run_tasks(ready, name, say),
         )
 
     def _windows(self, text: Text, ready: _Ready, name: str) -> Windows:
@@ -213,7 +218,7 @@ class _Run:
 
         def keep(index: int, logits: Any) -> None:
             sizes.append(vocabulary(logits))
-            if self._several and index < self._settings.agreement_windows:
+            if self._kept is not None and index < self._settings.agreement_windows:
                 self._kept.keep(number, index, logits)
 
         found = score(ready.run, windows, on_window=keep)
@@ -222,10 +227,9 @@ class _Run:
 
     def _score(self, number: int, text: Text, ready: _Ready, name: str) -> Scored:
         windows = self._windows(text, ready, name)
-        reference = self._reference[number]
-        assert reference is not None
-        theirs, size = reference
-        differences, why = Differences(), ""
+        theirs, size = self._reference[number]
+        kept, differences, why = self._kept, Differences(), ""
+        assert kept is not None
         if not windows.same(theirs):
             why = f"its tokenizer cuts the text up otherwise than that of {self._first}"
         elif not self._settings.agreement_windows:
@@ -240,7 +244,7 @@ class _Run:
                     "their probabilities can't be compared"
                 )
             if not why and index < self._settings.agreement_windows:
-                differences.add(self._kept.load(number, index), logits)
+                differences.add(kept.load(number, index), logits)
 
         found: Perplexity | None = None
         agreement: Agreement | None = None
@@ -261,21 +265,16 @@ class _Run:
         own = measure(found.text, found.tokens, self._known)
         return Written(prompt, found.text, len(found.tokens), own)
 
-    def _tasks(
+    def _run_tasks(
         self, ready: _Ready, name: str, say: Callable[[str], None]
     ) -> dict[str, dict[str, float]]:
-        if not self._settings.tasks:
+        if self._tasks is None:
             return {}
         from surgeon.report.lm_eval import run_tasks
 
-        say(f"{name}: {', '.join(self._settings.tasks)}")
-        return run_tasks(
-            ready.run,
-            exporting.need_tokenizer(ready.tokenizer, name),
-            self._settings.tasks,
-            path=self._options.get("tasks_path"),
-            limit=self._settings.limit,
-        )
+        say(f"{name}: {', '.join(self._tasks.names)}")
+        tokenizer = exporting.need_tokenizer(ready.tokenizer, name)
+        return run_tasks(ready.run, tokenizer, self._tasks, limit=self._settings.limit)
 
 
 # --- opening -------------------------------------------------------------------------------------
@@ -315,9 +314,7 @@ def _open_program(file: Path, options: Options) -> _Ready:
         if error.code not in _UNCAPTURED:
             raise
         found = f.Facts(*kind).without(_reason(error), *_DERIVED)
-    found = replace(
-        found, disk_bytes=file.stat().st_size, memory_bytes=f.module_bytes(module)
-    )
+    found = replace(found, disk_bytes=file.stat().st_size, memory_bytes=f.module_bytes(module))
     return _Ready(module, tokenizer_beside(file) or _tokenizer(options), found)
 
 

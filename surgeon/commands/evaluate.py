@@ -1,4 +1,4 @@
-"""`eval` and `compare`: what models are, how well they predict, how fast they are, what they write."""
+"""`eval` and `compare`: what models are, how well and fast they predict, what they write."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def compare(
         typer.Argument(metavar="MODEL...", help="as for eval; the first is what it was before"),
     ],
     against: Annotated[
-        str | None, typer.Option(help="which of them the others are compared with, if not the first")
+        str | None,
+        typer.Option(help="which of them the others are compared with, if not the first"),
     ] = None,
     text: TextOption = None,
     tokenizer: TokenizerOption = None,

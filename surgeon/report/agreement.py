@@ -134,7 +134,7 @@ def vocabulary(logits: Any) -> int:
 
 
 def _rows(logits: Any) -> torch.Tensor:
-    """Returns the logits of the positions whose next token is in the window, [window − 1, vocab]."""
+    """Returns the logits that predict a token of the window, [window − 1, vocab]."""
     import torch
 
     return torch.as_tensor(logits)[0, :-1].float()

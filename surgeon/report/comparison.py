@@ -113,9 +113,7 @@ class Evaluated:
     device: str
     texts: tuple[Scored, ...] = ()
     written: tuple[Written, ...] = ()
-    tasks: Mapping[str, Mapping[str, float]] = field(
-        default_factory=dict[str, Mapping[str, float]]
-    )
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
 
 
 @dataclass(frozen=True)

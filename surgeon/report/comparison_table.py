@@ -198,7 +198,7 @@ def _about_writing(found: Evaluation) -> str:
     if not s.prompts:
         return ""
     return (
-        f"means over {len(s.prompts)} prompts, at most {s.new_tokens} tokens each, greedy; known "
+        f"prompts: {len(s.prompts)}; at most {s.new_tokens} tokens each, greedy; means; known "
         f"are the {found.known_words:,} words of the texts and the prompts"
     )
 
@@ -296,5 +296,3 @@ def title(found: Evaluation) -> str:
         return names[0]
     others = [name for place, name in enumerate(names) if place != found.against]
     return f"{', '.join(others)} beside {_reference(found)}"
-
-

@@ -79,16 +79,20 @@ def of_program(
         read: gives a weight by name; without it nothing is known of zeros.
     """
     whole = costs.whole
-    return Facts(
+    layered = any(branch.layer for branch in axes.branches)
+    found = Facts(
         kind,
         architecture,
         parameters=whole.parameters,
-        decoder_parameters=count(axes.program, _trained(axes)),
+        decoder_parameters=count(axes.program, _trained(axes)) if layered else None,
         sparsity=None if read is None else zeros(read(name) for name in linear_maps(axes)),
         flops=whole.flops,
         flops_context=whole.flops_context,
         cache_bytes=whole.cache_bytes,
     )
+    if not layered:
+        found = found.without("the program doesn't say what its layers are", "decoder_parameters")
+    return found
 
 
 def _trained(axes: Axes) -> Iterator[str]:
@@ -201,7 +205,7 @@ def _tensor(tensor: Any) -> torch.Tensor:
     values = tensor.numpy()
     if values.dtype.name not in ("float16", "float32", "float64"):
         values = values.astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return torch.from_numpy(np.array(values))  # a copy: what is mapped from a file is read-only
 
 
 def _beside(path: Path, graph: Any) -> set[Path]:

@@ -75,8 +75,12 @@ def measure(text: str, tokens: Sequence[int], known: Collection[str]) -> Writing
 
 def mean(found: Iterable[Writing]) -> Writing:
     """Returns the means over several texts, each over those that have the measure."""
-    columns = zip(*((getattr(w, n) for n in Writing.__dataclass_fields__) for w in found), strict=True)
-    return Writing(*(fmean(known) if (known := [v for v in c if v is not None]) else None for c in columns))
+    columns = zip(
+        *((getattr(w, n) for n in Writing.__dataclass_fields__) for w in found), strict=True
+    )
+    return Writing(
+        *(fmean(known) if (known := [v for v in c if v is not None]) else None for c in columns)
+    )
 
 
 def distinct(items: Sequence[object], n: int) -> float | None:
