@@ -133,6 +133,7 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
         from surgeon.report.lm_eval import find_tasks
 
         tasks = find_tasks(settings.tasks, options.get("tasks_path"))
+    options = {**options, "tokenizer": _tokenizer(options.get("tokenizer"))}
     known = words([*(t.content for t in texts), *settings.prompts])
     names = [m if isinstance(m, str) else _name(m) for m in models]
     found: dict[int, Evaluated] = {}
@@ -295,7 +296,7 @@ def _open_graph(name: str, options: Options) -> _Ready:
     from surgeon.runtime.model import open_session, tokenizer_beside
 
     session = open_session(name, device=options.get("device", "auto"))
-    tokenizer = tokenizer_beside(session.path) or _tokenizer(options)
+    tokenizer = tokenizer_beside(session.path) or options.get("tokenizer")
     return _Ready(session, tokenizer, f.of_graph(session.path, session))
 
 
@@ -315,7 +316,7 @@ def _open_program(file: Path, options: Options) -> _Ready:
             raise
         found = f.Facts(*kind).without(_reason(error), *_DERIVED)
     found = replace(found, disk_bytes=file.stat().st_size, memory_bytes=f.module_bytes(module))
-    return _Ready(module, tokenizer_beside(file) or _tokenizer(options), found)
+    return _Ready(module, tokenizer_beside(file) or options.get("tokenizer"), found)
 
 
 def _open_source(model: Any, options: Options) -> _Ready:
@@ -350,7 +351,7 @@ def _open_source(model: Any, options: Options) -> _Ready:
         found = replace(found, disk_bytes=f.size_of(files))
     else:
         found = found.without("it was given as an object in memory", "disk_bytes")
-    return _Ready(run, source.load_tokenizer() or _tokenizer(options), found)
+    return _Ready(run, source.load_tokenizer() or options.get("tokenizer"), found)
 
 
 def _kind(kind: str) -> str:
@@ -361,8 +362,8 @@ def _reason(error: SurgeonError) -> str:
     return f"it can't be analysed: {error.what}"
 
 
-def _tokenizer(options: Options) -> Any:
-    given = options.get("tokenizer")
+def _tokenizer(given: Any) -> Any:
+    """Returns a tokenizer, be it given as the folder of one."""
     if not isinstance(given, str | Path):
         return given
     from surgeon.capture.source import resolve

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import fmean
 
 import numpy as np
@@ -75,12 +75,9 @@ def measure(text: str, tokens: Sequence[int], known: Collection[str]) -> Writing
 
 def mean(found: Iterable[Writing]) -> Writing:
     """Returns the means over several texts, each over those that have the measure."""
-    columns = zip(
-        *((getattr(w, n) for n in Writing.__dataclass_fields__) for w in found), strict=True
-    )
-    return Writing(
-        *(fmean(known) if (known := [v for v in c if v is not None]) else None for c in columns)
-    )
+    columns = zip(*(astuple(writing) for writing in found), strict=True)
+    known = ([value for value in column if value is not None] for column in columns)
+    return Writing(*(fmean(values) if values else None for values in known))
 
 
 def distinct(items: Sequence[object], n: int) -> float | None:
