@@ -133,6 +133,8 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
         from surgeon.report.lm_eval import find_tasks
 
         tasks = find_tasks(settings.tasks, options.get("tasks_path"))
+    for model in models:
+        _check_name(model, options)
     options = {**options, "tokenizer": _tokenizer(options.get("tokenizer"))}
     known = words([*(t.content for t in texts), *settings.prompts])
     names = [m if isinstance(m, str) else _name(m) for m in models]
@@ -146,6 +148,24 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     speed, why = _speed(models, settings, options)
     ordered = tuple(found[index] for index in range(len(models)))
     return Evaluation(settings, ordered, against, speed, why, len(known), versions())
+
+
+def _check_name(model: Any, options: Options) -> None:
+    """Refuses what is no model before another one is measured for an hour."""
+    if not isinstance(model, str | Path):
+        return
+    from surgeon.capture.source import resolve
+    from surgeon.runtime.graph_file import locate
+    from surgeon.runtime.program_file import find_program, program_file
+
+    name = str(model)
+    file = program_file(name)
+    if exporting.is_graph(name):
+        locate(name)
+    elif file is not None:
+        find_program(file)
+    else:
+        resolve(name, trust_remote_code=options.get("trust_remote_code", False))
 
 
 def _name(model: Any) -> str:
@@ -232,14 +252,17 @@ class _Run:
         kept, differences, why = self._kept, Differences(), ""
         assert kept is not None
         if not windows.same(theirs):
-            why = f"its tokenizer cuts the text up otherwise than that of {self._first}"
+            why = (
+                f"its tokenizer gives other tokens than that of {self._first}, so that neither "
+                "predictions nor perplexities can be compared"
+            )
         elif not self._settings.agreement_windows:
             why = "no windows were asked for"
 
         def add(index: int, logits: Any) -> None:
             nonlocal why
             own = vocabulary(logits)
-            if not why and own != size:
+            if index == 0 and own != size:
                 why = (
                     f"it chooses among {own:,} tokens and {self._first} among {size:,}, so that "
                     "their probabilities can't be compared"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon.errors import Code, SurgeonError
-from surgeon.runtime.logits import logits_of, positions_of
+from surgeon.runtime.logits import logits_of, positions_of, vocabulary_of
 
 _ROWS = 128
 """Positions scored at a time: a log-softmax of a whole window is as large as all its logits."""
@@ -196,6 +196,9 @@ def score(
         SurgeonError: as `perplexity`.
     """
     run = logits_of(model)
+    vocab = vocabulary_of(model)
+    if vocab is not None:  # looking up a row that isn't there ends in an error of the library's
+        _check_ids(windows.ids, vocab)
     count, window = windows.ids.shape
     total = seconds = 0.0
     for index, ids in enumerate(_bar(windows.ids[:, None], progress)):
@@ -250,12 +253,7 @@ def _negative_log_likelihood(logits: Any, ids: NDArray[np.int64]) -> float:
             f"shape {list(scores.shape)} for token ids {list(ids.shape)}",
             "one row of logits is needed for every token of the window",
         )
-    vocab = scores.shape[2]
-    if int(ids.max()) >= vocab or int(ids.min()) < 0:
-        raise _bad_logits(
-            f"{vocab} of them for token id {int(ids.max())}",
-            "the tokenizer gives ids that the model has no row for",
-        )
+    _check_ids(ids, scores.shape[2])
     labels = torch.from_numpy(ids[0, 1:]).to(scores.device)
     total = 0.0
     for first in range(0, labels.shape[0], _ROWS):
@@ -269,6 +267,15 @@ def _negative_log_likelihood(logits: Any, ids: NDArray[np.int64]) -> float:
             "an overflow in the model, or weights that are not numbers",
         )
     return total
+
+
+def _check_ids(ids: NDArray[np.int64], vocab: int) -> None:
+    """Refuses token ids that a model has no row for."""
+    if int(ids.max()) >= vocab or int(ids.min()) < 0:
+        raise _bad_logits(
+            f"{vocab} of them for token id {int(ids.max())}",
+            "the tokenizer gives ids that the model has no row for",
+        )
 
 
 def _bar(windows: NDArray[np.int64], progress: bool) -> Iterable[NDArray[np.int64]]:

@@ -24,6 +24,23 @@ def program_file(model: str) -> Path | None:
     return inside if inside.is_file() and not (path / "config.json").is_file() else None
 
 
+def find_program(path: Path) -> Path:
+    """Returns the path of a file that is there.
+
+    Raises:
+        SurgeonError: `missing-file`.
+    """
+    if path.is_file():
+        return path
+    raise SurgeonError(
+        Code.MISSING_FILE,
+        f"there is no program '{path}'",
+        at=str(path),
+        why="no such file",
+        try_="give the path of a file that 'surgeon export --to pt2' wrote",
+    )
+
+
 def load_program(path: Path, *, device: str = "auto") -> Any:
     """Returns the exported program of a file, on a device.
 
@@ -34,14 +51,7 @@ def load_program(path: Path, *, device: str = "auto") -> Any:
     from torch.export.passes import move_to_device_pass
 
     on = choose_torch_device(device)
-    if not path.is_file():
-        raise SurgeonError(
-            Code.MISSING_FILE,
-            f"there is no program '{path}'",
-            at=str(path),
-            why="no such file",
-            try_="give the path of a file that 'surgeon export --to pt2' wrote",
-        )
+    find_program(path)
     try:
         program = torch.export.load(path)
     except Exception as error:
@@ -82,5 +92,12 @@ def open_module(path: Path, *, device: str = "auto", program: Any = None) -> Any
     on = choose_torch_device(device)
     module = program.module()
     module.device_note, module.stop_tokens = on.note, stop_tokens(path.parent)
-    module.device = on.name
+    module.device, module.vocab = on.name, _vocabulary(program)
     return module
+
+
+def _vocabulary(program: Any) -> int | None:
+    """Returns the size of the last dimension of what the program gives."""
+    given = program.graph.output_node().args[0]
+    size = given[0].meta["val"].shape[-1]
+    return size if isinstance(size, int) else None

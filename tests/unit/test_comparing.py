@@ -173,9 +173,7 @@ def test_other_vocabularies_are_not_compared(tmp_path: Path, folders: tuple[Path
     assert scored["perplexity"] is None and scored["why"] == second.why
 
 
-def test_other_tokens_of_the_same_text_are_not_compared(
-    tmp_path: Path, folders: tuple[Path, Path]
-):
+def test_other_tokens_of_the_same_text_are_not_compared(tmp_path: Path, folders: tuple[Path, Path]):
     class Backwards:
         """A tokenizer that gives the same ids in another order."""
 
@@ -275,9 +273,9 @@ def test_figures_without_end_are_null(found: Evaluation):
     model = found.models[0]
     scored = replace(model.texts[0], found=replace(model.texts[0].found, perplexity=math.inf))
     data = replace(found, models=(replace(model, texts=(scored,)),)).to_json()
-    assert json.loads(json.dumps(data, allow_nan=False))["models"][0]["texts"][0][
-        "perplexity"
-    ] is None
+    assert (
+        json.loads(json.dumps(data, allow_nan=False))["models"][0]["texts"][0]["perplexity"] is None
+    )
 
 
 def test_speeds_are_relative_to_the_reference(found: Evaluation):

@@ -182,5 +182,7 @@ def test_a_folder_that_is_none_and_lm_eval_that_is_missing(
 def test_data_that_can_not_be_had_is_said(folder: Path):
     (folder / "colours.jsonl").unlink()
     with pytest.raises(SurgeonError) as caught:
-        tasks.run_tasks(models.tiny("Llama"), models.tokenizer(), tasks.find_tasks(["colours"], folder))
+        tasks.run_tasks(
+            models.tiny("Llama"), models.tokenizer(), tasks.find_tasks(["colours"], folder)
+        )
     assert caught.value.code is Code.RUNTIME_FAILED and "colours" in caught.value.at
