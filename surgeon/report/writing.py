@@ -15,10 +15,10 @@ from statistics import fmean
 import numpy as np
 
 REPEATS = 3
-"""How often a unit has to stand in a row to be a loop.
+"""How often a unit has to stand in a row to be a loop: twice happens in good texts too.
 
-Reference: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, who count texts that
-end in a phrase repeated at least three times.
+Reference: Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, count texts that end
+in a repeated phrase. A share tells more of a few prompts than a count, and a loop may be left.
 """
 
 _WORD = re.compile(r"[^\W\d_]+")
