@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from surgeon import exporting
 from surgeon.errors import Code, SurgeonError, near
-from surgeon.opening import Model, open_model
 from surgeon.pruned import versions
-from surgeon.report import facts as f
+from surgeon.ready import Ready, check_name, open_ready
 from surgeon.report.agreement import Agreement, Differences, Kept, vocabulary
 from surgeon.report.comparison import Evaluated, Evaluation, Scored, Settings, Written
 from surgeon.report.evaluate import Perplexity, Text, Windows, default_text, read_text, score
@@ -27,18 +25,9 @@ from surgeon.report.writing import measure, words
 from surgeon.runtime import bench
 from surgeon.runtime.generate import generate
 from surgeon.runtime.logits import positions_of
-from surgeon.viewing import costs_of
 
 if TYPE_CHECKING:
     from surgeon.report.lm_eval import Tasks
-
-_UNCAPTURED = (Code.CAPTURE_FAILED, Code.DATA_DEPENDENT, Code.BAD_PROGRAM)
-"""Refusals of an analysis that don't keep a model from running."""
-
-_DERIVED = (
-    *("parameters", "decoder_parameters", "sparsity"),
-    *("flops", "flops_context", "cache_bytes"),
-)
 
 
 class Options(TypedDict, total=False):
@@ -134,7 +123,7 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
 
         tasks = find_tasks(settings.tasks, options.get("tasks_path"))
     for model in models:
-        _check_name(model, options)
+        check_name(model, trust_remote_code=options.get("trust_remote_code", False))
     options = {**options, "tokenizer": _tokenizer(options.get("tokenizer"))}
     known = words([*(t.content for t in texts), *settings.prompts])
     names = [m if isinstance(m, str) else _name(m) for m in models]
@@ -150,35 +139,8 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     return Evaluation(settings, ordered, against, speed, why, len(known), versions())
 
 
-def _check_name(model: Any, options: Options) -> None:
-    """Refuses what is no model before another one is measured for an hour."""
-    if not isinstance(model, str | Path):
-        return
-    from surgeon.capture.source import resolve
-    from surgeon.runtime.graph_file import locate
-    from surgeon.runtime.program_file import find_program, program_file
-
-    name = str(model)
-    file = program_file(name)
-    if exporting.is_graph(name):
-        locate(name)
-    elif file is not None:
-        find_program(file)
-    else:
-        resolve(name, trust_remote_code=options.get("trust_remote_code", False))
-
-
 def _name(model: Any) -> str:
     return str(model) if isinstance(model, Path) else type(model).__name__
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A model that runs."""
-
-    run: Any
-    tokenizer: Any
-    facts: f.Facts
 
 
 class _Run:
@@ -202,7 +164,12 @@ class _Run:
         """Returns everything that is measured of a model but its speed."""
         say = self._options.get("progress") or (lambda _: None)
         say(f"opening {name}")
-        ready = _open(model, self._options)
+        ready = open_ready(
+            model,
+            device=self._options.get("device", "auto"),
+            tokenizer=self._options.get("tokenizer"),
+            trust_remote_code=self._options.get("trust_remote_code", False),
+        )
         is_first = not self._first
         self._first = self._first or name
         texts: list[Scored] = []
@@ -223,7 +190,7 @@ class _Run:
             self._run_tasks(ready, name, say),
         )
 
-    def _windows(self, text: Text, ready: _Ready, name: str) -> Windows:
+    def _windows(self, text: Text, ready: Ready, name: str) -> Windows:
         return cut(
             exporting.need_tokenizer(ready.tokenizer, name),
             text,
@@ -232,7 +199,7 @@ class _Run:
             positions=positions_of(ready.run),
         )
 
-    def _score_first(self, number: int, text: Text, ready: _Ready, name: str) -> Scored:
+    def _score_first(self, number: int, text: Text, ready: Ready, name: str) -> Scored:
         """Scores the reference, whose predictions are kept where others follow."""
         windows = self._windows(text, ready, name)
         sizes: list[int] = []
@@ -246,7 +213,7 @@ class _Run:
         self._reference.append((windows, sizes[0]))
         return Scored(text.name, found)
 
-    def _score(self, number: int, text: Text, ready: _Ready, name: str) -> Scored:
+    def _score(self, number: int, text: Text, ready: Ready, name: str) -> Scored:
         windows = self._windows(text, ready, name)
         theirs, size = self._reference[number]
         kept, differences, why = self._kept, Differences(), ""
@@ -282,7 +249,7 @@ class _Run:
             why = f"{error.what}: {error.why}"
         return Scored(text.name, found, agreement, why)
 
-    def _write(self, ready: _Ready, name: str, prompt: str) -> Written:
+    def _write(self, ready: Ready, name: str, prompt: str) -> Written:
         # One at a time: padding in a batch would move the logits by a rounding.
         tokenizer = exporting.need_tokenizer(ready.tokenizer, name)
         found = generate(ready.run, tokenizer, prompt, max_new_tokens=self._settings.new_tokens)
@@ -290,7 +257,7 @@ class _Run:
         return Written(prompt, found.text, len(found.tokens), own)
 
     def _run_tasks(
-        self, ready: _Ready, name: str, say: Callable[[str], None]
+        self, ready: Ready, name: str, say: Callable[[str], None]
     ) -> dict[str, dict[str, float]]:
         if self._tasks is None:
             return {}
@@ -299,90 +266,6 @@ class _Run:
         say(f"{name}: {', '.join(self._tasks.names)}")
         tokenizer = exporting.need_tokenizer(ready.tokenizer, name)
         return run_tasks(ready.run, tokenizer, self._tasks, limit=self._settings.limit)
-
-
-# --- opening -------------------------------------------------------------------------------------
-
-
-def _open(model: Any, options: Options) -> _Ready:
-    """Returns a model ready to run, with its figures."""
-    from surgeon.runtime.program_file import program_file
-
-    name = str(model) if isinstance(model, str | Path) else ""
-    if name and exporting.is_graph(name):
-        return _open_graph(name, options)
-    file = program_file(name) if name else None
-    return _open_program(file, options) if file is not None else _open_source(model, options)
-
-
-def _open_graph(name: str, options: Options) -> _Ready:
-    from surgeon.runtime.model import open_session, tokenizer_beside
-
-    session = open_session(name, device=options.get("device", "auto"))
-    tokenizer = tokenizer_beside(session.path) or options.get("tokenizer")
-    return _Ready(session, tokenizer, f.of_graph(session.path, session))
-
-
-def _open_program(file: Path, options: Options) -> _Ready:
-    from surgeon.runtime.model import tokenizer_beside
-    from surgeon.runtime.program_file import load_program, open_module
-
-    device = options.get("device", "auto")
-    program = load_program(file, device=device)
-    module = open_module(file, device=device, program=program)
-    kind = "pt2", "torch.export program"
-    try:
-        opened = open_model(program)
-        found = f.of_program(*kind, opened.axes, costs_of(opened), opened.read)
-    except SurgeonError as error:
-        if error.code not in _UNCAPTURED:
-            raise
-        found = f.Facts(*kind).without(_reason(error), *_DERIVED)
-    found = replace(found, disk_bytes=file.stat().st_size, memory_bytes=f.module_bytes(module))
-    return _Ready(module, tokenizer_beside(file) or options.get("tokenizer"), found)
-
-
-def _open_source(model: Any, options: Options) -> _Ready:
-    """Opens what Transformers loads; what can't be captured is run all the same."""
-    device, trust = options.get("device", "auto"), options.get("trust_remote_code", False)
-    try:
-        opened: Model | None = open_model(model, trust_remote_code=trust)
-        refusal = None
-    except SurgeonError as error:
-        if error.code not in _UNCAPTURED:
-            raise
-        opened, refusal = None, error
-    if opened is None:
-        from surgeon.capture.source import resolve
-
-        assert refusal is not None
-        source = resolve(model, trust_remote_code=trust)
-        run = exporting.load_to_measure(model, device=device, trust_remote_code=trust)
-        found = f.Facts(_kind(source.kind), source.model_class.__name__)
-        found = found.without(_reason(refusal), *_DERIVED)
-    else:
-        source = opened.source
-        assert source is not None
-        run = exporting.load_opened(opened, device=device)
-        architecture = source.model_class.__name__
-        found = f.of_program(
-            _kind(source.kind), architecture, opened.axes, costs_of(opened), opened.read
-        )
-    found = replace(found, memory_bytes=f.module_bytes(run))
-    files = source.weight_files
-    if files:
-        found = replace(found, disk_bytes=f.size_of(files))
-    else:
-        found = found.without("it was given as an object in memory", "disk_bytes")
-    return _Ready(run, source.load_tokenizer() or options.get("tokenizer"), found)
-
-
-def _kind(kind: str) -> str:
-    return {"folder": "checkpoint", "hub": "checkpoint", "alias": "gguf"}.get(kind, kind)
-
-
-def _reason(error: SurgeonError) -> str:
-    return f"it can't be analysed: {error.what}"
 
 
 def _tokenizer(given: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import surgeon
-from surgeon import comparing
+from surgeon import comparing, ready
 from surgeon.errors import Code, SurgeonError
 from surgeon.report import comparison_table as t
 from surgeon.report.comparison import Evaluation, Settings
@@ -224,7 +224,7 @@ def test_what_cannot_be_analysed_still_runs(
     def refuse(*_: Any, **__: Any) -> Any:
         raise SurgeonError(Code.CAPTURE_FAILED, "no graph", at="", why="", try_="")
 
-    monkeypatch.setattr(comparing, "open_model", refuse)
+    monkeypatch.setattr(ready, "open_model", refuse)
     one = comparing.evaluate(str(folders[0]), **{**SMALL, "prompts": ()})
     assert one.models[0].texts[0].found is not None
     assert one.models[0].texts[0].found.perplexity == pytest.approx(
