@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgeon.axes import Axes, Axis
     from surgeon.axes.plan import Plan
+    from surgeon.comparing import compare, evaluate
     from surgeon.errors import Code, SurgeonError
     from surgeon.ir import Program
     from surgeon.pipeline import Model, Pruned, Report, capture, open_model, prune, verify
@@ -33,6 +34,8 @@ _HOME = {
     "SurgeonError": "surgeon.errors",
     "analyse": "surgeon.viewing",
     "capture": "surgeon.pipeline",
+    "compare": "surgeon.comparing",
+    "evaluate": "surgeon.comparing",
     "open_model": "surgeon.pipeline",
     "prune": "surgeon.pipeline",
     "prune_iteratively": "surgeon.improving",
@@ -52,6 +55,8 @@ __all__ = [
     "SurgeonError",
     "analyse",
     "capture",
+    "compare",
+    "evaluate",
     "open_model",
     "prune",
     "prune_iteratively",

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from surgeon.commands import calibrate as command_calibrate
+from surgeon.commands import evaluate as command_evaluate
 from surgeon.commands import graph, latency, passes, see, values
 from surgeon.commands import prune as command_prune
 from surgeon.commands import recover as command_recover
@@ -40,6 +41,7 @@ command_prune.add(app)
 command_recover.add(app)
 see.add(app)
 command_calibrate.add(app)
+command_evaluate.add(app)
 app.command()(graph.graph)
 app.command()(passes.passes)
 app.command()(latency.latency)
@@ -124,47 +126,6 @@ def export(
     typer.echo(found.summary)
     for note in found.notes:
         typer.echo(f"note: {note}")
-
-
-@app.command("eval")
-def evaluate(
-    model: RunnableArg,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to score")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="folder with the tokenizer of an ONNX file")
-    ] = None,
-    window: Annotated[int, typer.Option(help="tokens in a window")] = 1024,
-    windows: Annotated[int, typer.Option(help="windows scored at most")] = 48,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    trust_remote_code: RemoteOption = False,
-) -> None:
-    """Measure perplexity."""
-    from dataclasses import asdict
-
-    from surgeon import exporting
-    from surgeon.report.evaluate import perplexity, read_text
-
-    content = read_text(text) if text else None
-    runnable, tokens = exporting.load(
-        model, tokenizer, device=device, trust_remote_code=trust_remote_code
-    )
-    found = perplexity(
-        runnable,
-        exporting.need_tokenizer(tokens, model),
-        text=content,
-        window=window,
-        max_windows=windows,
-        progress=not as_json,
-    )
-    _say_device(device, exporting.where(runnable))
-    if as_json:
-        typer.echo(json.dumps(asdict(found)))
-        return
-    typer.echo(
-        f"perplexity {found.perplexity:.3f} on {found.text} "
-        f"({found.windows} windows of {found.window} tokens, {found.seconds:.1f} s)"
-    )
 
 
 @app.command()

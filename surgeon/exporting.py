@@ -24,7 +24,7 @@ def load(
     """Returns something that gives logits, and its tokenizer or None.
 
     Args:
-        model: an ONNX file or the folder of one, or anything that `open_model` takes.
+        model: an ONNX or .pt2 file or the folder of one, or anything that `open_model` takes.
         tokenizer: a folder with a tokenizer, for a model that has none beside it.
         device: `auto`, `cuda` or `cpu`.
         trust_remote_code: run modelling code that comes with a checkpoint.
@@ -33,18 +33,33 @@ def load(
         SurgeonError: why it can't be loaded.
     """
     from surgeon.capture.source import resolve
-    from surgeon.runtime.device import choose_torch_device
     from surgeon.runtime.model import open_session, tokenizer_beside
+    from surgeon.runtime.program_file import open_module, program_file
 
     chosen = resolve(tokenizer).load_tokenizer() if tokenizer else None
-    if _is_graph(model):
+    if is_graph(model):
         session = open_session(model, device=device)
         return session, chosen or tokenizer_beside(session.path)
-    on = choose_torch_device(device)
+    file = program_file(model)
+    if file is not None:
+        return open_module(file, device=device), chosen or tokenizer_beside(file)
     opened = open_model(model, trust_remote_code=trust_remote_code)
+    own = opened.source.load_tokenizer() if opened.source and chosen is None else None
+    return load_opened(opened, device=device), chosen or own
+
+
+def load_opened(opened: Model, *, device: str = "auto") -> Any:
+    """Returns an opened model as a Transformers model in fp32, ready to run.
+
+    Raises:
+        SurgeonError: why it can't be loaded.
+    """
+    from surgeon.runtime.device import choose_torch_device
+
+    on = choose_torch_device(device)
     loaded: Any = prune(opened, plan=Plan(), verify=False).model.float().to(on.name)
     loaded.device_note = on.note
-    return loaded, chosen or (opened.source.load_tokenizer() if opened.source else None)
+    return loaded
 
 
 def load_to_measure(
@@ -53,7 +68,7 @@ def load_to_measure(
     """Returns a model as its own library loads it, so that its memory is what users will see.
 
     Args:
-        model: an ONNX file or the folder of one, or a Transformers checkpoint.
+        model: an ONNX or .pt2 file or the folder of one, or a Transformers checkpoint.
         device: `auto`, `cuda` or `cpu`.
         threads: threads inside an operation; the library's own choice without it.
         trust_remote_code: run modelling code that comes with a checkpoint.
@@ -63,16 +78,20 @@ def load_to_measure(
     """
     from surgeon.runtime.model import open_session
 
-    if _is_graph(model):
+    if is_graph(model):
         return open_session(model, device=device, threads=threads)
     import torch
 
     from surgeon.capture.source import resolve
     from surgeon.runtime.device import choose_torch_device
+    from surgeon.runtime.program_file import open_module, program_file
 
-    on = choose_torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
+    file = program_file(model)
+    if file is not None:
+        return open_module(file, device=device)
+    on = choose_torch_device(device)
     source = resolve(model, trust_remote_code=trust_remote_code)
     model_class: Any = source.model_class
     if source.folder is not None and source.weights is not None:
@@ -90,10 +109,12 @@ def load_to_measure(
 def where(model: Any) -> str:
     """Returns on which device a loaded model runs, and why."""
     note = getattr(model, "device_note", "") or getattr(model, "note", "")
-    return f"{getattr(model, 'device', 'cpu')} ({note})" if note else str(model.device)
+    device = getattr(model, "device", "cpu")
+    return f"{device} ({note})" if note else str(device)
 
 
-def _is_graph(model: str) -> bool:
+def is_graph(model: str) -> bool:
+    """Whether this names an ONNX file, or the folder of one."""
     from surgeon.runtime.graph_file import is_graph_folder
 
     path = Path(model).expanduser()

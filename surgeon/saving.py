@@ -22,13 +22,14 @@ from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
 from surgeon.report.curve import curve, curves_of
 from surgeon.report.page import report_page
+from surgeon.runtime.graph_file import REWRITES
 from surgeon.runtime.logits import positions_of
 
 if TYPE_CHECKING:
     from surgeon.pruned import Pruned, Report
 
 PLAN_FILE = "plan.json"
-REWRITES_FILE = "plan.safetensors"
+REWRITES_FILE = REWRITES
 REPORT_FILE = "surgeon.json"
 PAGE_FILE = "report.html"
 CURVE_FILE = "loss.svg"

@@ -116,6 +116,13 @@ class Source:
             return None
         return AutoTokenizer.from_pretrained(str(self._gguf.parent), gguf_file=self._gguf.name)
 
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold its weights; none where they are in memory, or there are none."""
+        if self._gguf is not None:
+            return (self._gguf,)
+        return self.weights.files if isinstance(self.weights, SafetensorsWeights) else ()
+
     def load_tokenizer(self) -> Any:
         """Returns the source's tokenizer, whatever form it is in, or None where it has none."""
         from transformers import AutoTokenizer

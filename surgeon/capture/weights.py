@@ -299,6 +299,11 @@ class SafetensorsWeights(Weights):
         self._entries = {names.get(key, key): entry for key, entry in found.items()}
         super().__init__(self._entries, aliases)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(sorted({entry.file for entry in self._entries.values()}))
+
     def _read(self, name: str) -> torch.Tensor:
         entry = self._entries[name]
         return _values(entry, entry.start, entry.shape)

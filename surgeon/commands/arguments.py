@@ -19,5 +19,5 @@ RemoteOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 DeviceOption = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where it works")]
 RunnableArg = Annotated[
-    str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX file or folder")
+    str, typer.Argument(metavar="MODEL", help="as for prune, or an ONNX or .pt2 file or folder")
 ]

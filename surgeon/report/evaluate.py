@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon.errors import Code, SurgeonError
-from surgeon.runtime.logits import logits_of, positions_of
+from surgeon.runtime.logits import logits_of, positions_of, vocabulary_of
 
 _ROWS = 128
 """Positions scored at a time: a log-softmax of a whole window is as large as all its logits."""
@@ -42,6 +42,27 @@ class Perplexity:
     seconds: float
     text: str
     """The text's name."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The token ids that a text is scored on.
+
+    Attributes:
+        text: the text's name.
+        ids: one row a window, [count, window].
+    """
+
+    text: str
+    ids: NDArray[np.int64]
+
+    def same(self, other: Windows) -> bool:
+        """Whether both hold the same tokens, so that predictions on them can be compared."""
+        return np.array_equal(self.ids, other.ids)
+
+
+OnWindow = Callable[[int, Any], None]
+"""Takes the number of a window and its logits [1, window, vocab]."""
 
 
 def default_text() -> Text:
@@ -108,10 +129,42 @@ def perplexity(
         SurgeonError: a text shorter than one window, a window longer than the model's positions,
             token ids beyond the vocabulary, logits of a wrong shape or that are not finite.
     """
+    found = windows_of(
+        tokenizer,
+        text,
+        window=window,
+        max_windows=max_windows,
+        max_chars=max_chars,
+        positions=positions_of(model),
+    )
+    return score(model, found, progress=progress)
+
+
+def windows_of(
+    tokenizer: Any,
+    text: Text | str | None = None,
+    *,
+    window: int = 1024,
+    max_windows: int = 48,
+    max_chars: int = 700_000,
+    positions: int | None = None,
+) -> Windows:
+    """Returns the windows that `perplexity` scores; its arguments are those.
+
+    Args:
+        tokenizer: the model's own tokenizer, or the token ids themselves in place of any text.
+        text: the text; `default_text()` without it.
+        window: tokens in a window, at least 2.
+        max_windows: windows at most.
+        max_chars: characters of the text used at most.
+        positions: how many positions the model was made for, where that is known.
+
+    Raises:
+        SurgeonError: a text shorter than one window, or a window longer than the positions.
+    """
     for name, value, least in (("window", window, 2), ("max_windows", max_windows, 1)):
         if value < least:
             raise _bad_option(name, value, f"it has to be {least} or more")
-    positions = positions_of(model)
     if positions is not None and window > positions:
         raise _bad_option("window", window, f"the model was made for {positions} positions")
     name, ids = _tokenise(tokenizer, text, max_chars)
@@ -125,16 +178,41 @@ def perplexity(
             try_=f"a longer text, or window={max(2, len(ids))} or less",
             data={"tokens": len(ids), "window": window},
         )
+    return Windows(name, ids[: count * window].reshape(count, window))
+
+
+def score(
+    model: Any, windows: Windows, *, progress: bool = False, on_window: OnWindow | None = None
+) -> Perplexity:
+    """Returns the perplexity over windows, each scored by itself and without a cache.
+
+    Args:
+        model: anything that `logits_of` takes.
+        windows: what to score it on.
+        progress: show a bar on standard error.
+        on_window: called with the logits of every window after it was scored.
+
+    Raises:
+        SurgeonError: as `perplexity`.
+    """
     run = logits_of(model)
-    start = time.perf_counter()
-    windows = ids[: count * window].reshape(count, 1, window)
-    total = sum(_negative_log_likelihood(run(w), w) for w in _bar(windows, progress))
-    seconds = time.perf_counter() - start
+    vocab = vocabulary_of(model)
+    if vocab is not None:  # looking up a row that isn't there ends in an error of the library's
+        _check_ids(windows.ids, vocab)
+    count, window = windows.ids.shape
+    total = seconds = 0.0
+    for index, ids in enumerate(_bar(windows.ids[:, None], progress)):
+        start = time.perf_counter()
+        logits = run(ids)
+        total += _negative_log_likelihood(logits, ids)
+        seconds += time.perf_counter() - start
+        if on_window is not None:
+            on_window(index, logits)
     tokens = count * (window - 1)
     mean = total / tokens
     # exp overflows at 709.8: no finite double is that bad.
     value = math.exp(mean) if mean < 709 else math.inf
-    return Perplexity(value, count, window, tokens, seconds, name)
+    return Perplexity(value, count, window, tokens, seconds, windows.text)
 
 
 def _tokenise(
@@ -175,12 +253,7 @@ def _negative_log_likelihood(logits: Any, ids: NDArray[np.int64]) -> float:
             f"shape {list(scores.shape)} for token ids {list(ids.shape)}",
             "one row of logits is needed for every token of the window",
         )
-    vocab = scores.shape[2]
-    if int(ids.max()) >= vocab or int(ids.min()) < 0:
-        raise _bad_logits(
-            f"{vocab} of them for token id {int(ids.max())}",
-            "the tokenizer gives ids that the model has no row for",
-        )
+    _check_ids(ids, scores.shape[2])
     labels = torch.from_numpy(ids[0, 1:]).to(scores.device)
     total = 0.0
     for first in range(0, labels.shape[0], _ROWS):
@@ -194,6 +267,15 @@ def _negative_log_likelihood(logits: Any, ids: NDArray[np.int64]) -> float:
             "an overflow in the model, or weights that are not numbers",
         )
     return total
+
+
+def _check_ids(ids: NDArray[np.int64], vocab: int) -> None:
+    """Refuses token ids that a model has no row for."""
+    if int(ids.max()) >= vocab or int(ids.min()) < 0:
+        raise _bad_logits(
+            f"{vocab} of them for token id {int(ids.max())}",
+            "the tokenizer gives ids that the model has no row for",
+        )
 
 
 def _bar(windows: NDArray[np.int64], progress: bool) -> Iterable[NDArray[np.int64]]:

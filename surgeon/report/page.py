@@ -4,33 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from surgeon.report.colours import shade
 from surgeon.report.curve import curve, curves_of
-from surgeon.report.graph_page import filled
 from surgeon.report.heatmap import heatmap
+from surgeon.report.html import bullets, page, section, table
 from surgeon.report.tables import Row, Unit, text, vocabulary_words
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text cells; all but the first column are figures."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _list(items: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
 
 
 def _sizes(report: Mapping[str, Any], gone: Collection[str]) -> str:
@@ -48,7 +30,7 @@ def _sizes(report: Mapping[str, Any], gone: Collection[str]) -> str:
         for role, (before, after) in roles.items()
         if before != after
     ]
-    return _table(("", "before", "after", "change"), (row.cells for row in rows))
+    return table(("", "before", "after", "change"), (row.cells for row in rows))
 
 
 def _written(report: Mapping[str, Any]) -> list[Sequence[str]]:
@@ -74,12 +56,12 @@ def _verification(found: Mapping[str, Any] | None) -> str:
             f"<p>Rounding to the checkpoint’s element type moves logits by {found['cast']:.1e}.</p>"
         )
     if found["reasons"]:
-        parts.append("<p>Not what masking gives, because</p>" + _list(found["reasons"]))
+        parts.append("<p>Not what masking gives, because</p>" + bullets(found["reasons"]))
     probes = found.get("probes") or ()
     if probes:
         head = list(probes[0])
         rows = ([_figure(probe[key]) for key in head] for probe in probes)
-        parts.append(_table(head, rows))
+        parts.append(table(head, rows))
     return "".join(parts)
 
 
@@ -112,8 +94,8 @@ def _zeros(found: Mapping[str, Any]) -> str:
     return (
         f"<p>{found['sparsity']:.1%} of {found['weights']:,} weights{pattern}, "
         f"{found['of_all']:.1%} of all parameters.</p>"
-        + _table(("where", "without zeros", "with them", "share", ""), saves)
-        + _table(("parameter", "shape", "zeros", "pattern"), own)
+        + table(("where", "without zeros", "with them", "share", ""), saves)
+        + table(("parameter", "shape", "zeros", "pattern"), own)
     )
 
 
@@ -121,7 +103,7 @@ def _trainings(report: Mapping[str, Any]) -> list[str]:
     found = curves_of(report)
     if not found:
         return []
-    return [_section("Training: loss by step", f'<div class="wide">{curve(found)}</div>')]
+    return [section("Training: loss by step", f'<div class="wide">{curve(found)}</div>')]
 
 
 def _recipe(report: Mapping[str, Any]) -> str:
@@ -130,7 +112,7 @@ def _recipe(report: Mapping[str, Any]) -> str:
         options = json.dumps(step["options"], ensure_ascii=False, default=str)
         seconds = text(step["seconds"], Unit.SECONDS) if "seconds" in step else ""
         rows.append((step["pass"], options, seconds))
-    return _table(("pass", "options", "time"), rows)
+    return table(("pass", "options", "time"), rows)
 
 
 def command(report: Mapping[str, Any]) -> str:
@@ -169,7 +151,7 @@ def _reproduce(report: Mapping[str, Any]) -> str:
     parts.append(f"<pre>{escape(PYTHON.format(more=more))}</pre>")
     if fingerprint:
         parts.append(f"<p>The source’s fingerprint is <code>{escape(fingerprint)}</code>.</p>")
-    return "".join(parts) + _table(("made with", "version"), report["versions"].items())
+    return "".join(parts) + table(("made with", "version"), report["versions"].items())
 
 
 def report_page(report: Mapping[str, Any], gone: Collection[str] = ()) -> str:
@@ -187,32 +169,29 @@ def report_page(report: Mapping[str, Any], gone: Collection[str] = ()) -> str:
     )
     seconds = ", ".join(f"{k} {text(v, Unit.SECONDS)}" for k, v in report["seconds"].items())
     sections = [
-        _section("Size", _sizes(report, gone)),
-        _section(
+        section("Size", _sizes(report, gone)),
+        section(
             "What is kept, by role and layer",
             f'<div class="wide">{heatmap(report["axes"], gone)}</div>',
             scale,
         ),
     ]
     if report.get("sparsity"):
-        sections.append(_section("Zeros", _zeros(report["sparsity"])))
+        sections.append(section("Zeros", _zeros(report["sparsity"])))
     if report.get("vocabulary"):
-        sections.append(_section("Vocabulary", _list(vocabulary_words(report["vocabulary"]))))
+        sections.append(section("Vocabulary", bullets(vocabulary_words(report["vocabulary"]))))
     if report["branches"]:
-        sections.append(_section("Dropped branches", _list(report["branches"])))
+        sections.append(section("Dropped branches", bullets(report["branches"])))
     sections += [
-        _section("Compared with the masked model", _verification(report["verification"])),
+        section("Compared with the masked model", _verification(report["verification"])),
         *_trainings(report),
-        _section("Recipe", _recipe(report), f"<p>{escape(seconds)}</p>"),
-        _section("Written", _table(("", ""), _written(report))),
+        section("Recipe", _recipe(report), f"<p>{escape(seconds)}</p>"),
+        section("Written", table(("", ""), _written(report))),
     ]
     if report["notes"]:
-        sections.append(_section("Notes", _list(report["notes"])))
-    sections.append(_section("The same again", _reproduce(report)))
-    template = files("surgeon.report").joinpath("web", "report.html").read_text(encoding="utf-8")
-    parts = {
-        "title": escape(str(report["source"].get("id", ""))),
-        "removed": f"{100 * removed:.1f} %",
-        "sections": "\n".join(sections),
-    }
-    return filled(template, parts)
+        sections.append(section("Notes", bullets(report["notes"])))
+    sections.append(section("The same again", _reproduce(report)))
+    source = str(report["source"].get("id", ""))
+    share = f"{100 * removed:.1f} %"
+    below = f"{share} of the decoder parameters removed"
+    return page(f"{source}, {share} removed", source, below, sections)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.bench import Settings
 from surgeon.runtime.decoder import Decoder
-from surgeon.runtime.logits import is_transformers, logits_of, positions_of
+from surgeon.runtime.logits import is_transformers, logits_of, positions_of, vocabulary_of
 from surgeon.runtime.session import OrtSession
 
 _LEAST_VOCAB = 64
@@ -147,10 +147,8 @@ def runner_of(model: Any, settings: Settings) -> Runner:
 
 def prompt_of(model: Any, settings: Settings) -> NDArray[np.int64]:
     """Returns the same random token ids [batch, prompt_tokens] for models of one vocabulary."""
-    config = getattr(model, "config", None)
-    known = getattr(model, "vocab", None) or getattr(config, "vocab_size", None)
     shape = (settings.batch, settings.prompt_tokens)
-    return np.random.default_rng(0).integers(0, known or _LEAST_VOCAB, shape)
+    return np.random.default_rng(0).integers(0, vocabulary_of(model) or _LEAST_VOCAB, shape)
 
 
 def peak_bytes() -> int | None:

@@ -78,9 +78,14 @@ class OfGraph:
         return self.graph.providers
 
 
+REWRITES = "plan.safetensors"
+"""What a prune replaced besides removing, kept beside its plan: no weights of a checkpoint."""
+
+
 def is_graph_folder(path: Path) -> bool:
     """Whether this folder is an exported graph and not a checkpoint that has one beside it."""
-    return any(path.glob("*.onnx")) and not any(path.glob("*.safetensors"))
+    weights = any(file.name != REWRITES for file in path.glob("*.safetensors"))
+    return any(path.glob("*.onnx")) and not weights
 
 
 def locate(path: str | Path) -> Path:

@@ -59,6 +59,13 @@ def positions_of(model: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def vocabulary_of(model: Any) -> int | None:
+    """Returns how many tokens the model says it knows, or None if it doesn't say."""
+    own = getattr(model, "vocab", None)
+    size = getattr(getattr(model, "config", None), "vocab_size", None) if own is None else own
+    return size if isinstance(size, int) else None
+
+
 def _from_transformers(model: Any) -> Logits:
     import torch
 

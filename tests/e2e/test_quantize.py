@@ -37,7 +37,7 @@ def test_a_folder_reports_what_quantisation_cost(llama: Path, tmp_path: Path) ->
     evaluated = surgeon(
         "eval", out, "--window", "64", "--windows", "2", "--json", "--device", "cpu"
     )
-    assert json.loads(evaluated.out)["windows"] == 2
+    assert json.loads(evaluated.out)["models"][0]["texts"][0]["windows"] == 2
 
 
 def test_a_graph_alone_is_quantised_too(llama: Path, tmp_path: Path) -> None:

@@ -35,7 +35,16 @@ COMMANDS = {
     "verify": "--source --json --trust-remote-code",
     "export": "--to --output --style --dtype --positions --overwrite --no-check "
     "--trust-remote-code",
-    "eval": "--text --tokenizer --window --windows --device --json --trust-remote-code",
+    "eval": (
+        "--text --tokenizer --window --windows --prompt --new-tokens --speed --repeat --threads "
+        "--tasks --tasks-path --limit --device --json --markdown --html --overwrite "
+        "--trust-remote-code"
+    ),
+    "compare": (
+        "--against --text --tokenizer --window --windows --agreement-windows --prompt --new-tokens "
+        "--no-writing --no-speed --repeat --threads --tasks --tasks-path --limit --device --json "
+        "--markdown --html --overwrite --trust-remote-code"
+    ),
     "generate": (
         "--tokenizer --max-new-tokens --temperature --top-k --top-p --seed --device "
         "--trust-remote-code"
@@ -421,16 +430,76 @@ def test_an_unknown_target_is_refused(pruned: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def scored(outcome: Outcome) -> list[dict[str, Any]]:
+    """Returns the texts of the one model in an evaluation's JSON."""
+    (model,) = json.loads(ran(outcome).out)["models"]
+    return model["texts"]
+
+
 def test_eval_scores_text(pruned: Path, tmp_path: Path) -> None:
     small = ["--window", "32", "--windows", "3"]
     shown = ran(surgeon("eval", pruned, *small)).out
     assert "pydoc_data.topics" in shown and "3 windows of 32 tokens" in shown
-    builtin = json.loads(ran(surgeon("eval", pruned, *small, "--json")).out)
+    (builtin,) = scored(surgeon("eval", pruned, *small, "--json"))
     assert builtin["tokens"] == 3 * 31 and 1 < builtin["perplexity"] < 1e6
     text = tmp_path / "own.txt"
     text.write_text("A short text of my own. " * 20)
-    own = json.loads(ran(surgeon("eval", pruned, *small, "--json", "--text", text)).out)
-    assert own["text"] == "own.txt" and own["perplexity"] != builtin["perplexity"]
+    other = tmp_path / "other.txt"
+    other.write_text("Words, words, words. " * 20)
+    texts = ("--text", text, "--text", other)
+    own, second = scored(surgeon("eval", pruned, *small, "--json", *texts))
+    assert (own["text"], second["text"]) == ("own.txt", "other.txt")
+    assert len({found["perplexity"] for found in (own, second, builtin)}) == 3
+
+
+def test_compare_puts_models_side_by_side(llama: Path, pruned: Path, tmp_path: Path) -> None:
+    graph, program = tmp_path / "onnx", tmp_path / "pt2"
+    ran(surgeon("export", pruned, "--to", "onnx", "-o", graph))
+    ran(surgeon("prune", llama, "-o", program, "--ratio", "0.2", "--to", "pt2"))
+    small = ["--window", "32", "--windows", "2", "--prompt", "Hello", "--new-tokens", "4"]
+    page, table = tmp_path / "out.html", tmp_path / "out.md"
+    files = ["--html", page, "--markdown", table]
+    models = [llama, pruned, graph, program]
+    found = ran(surgeon("compare", *models, *small, "--no-speed", "--device", "cpu", *files))
+    for part in ("perplexity", "parameters", "KL", "Hello", "unknown: onnx"):
+        assert part in found.out
+    assert "×1.19" in table.read_text() and page.read_text().startswith("<!doctype html>")
+    again = surgeon("compare", *models, *small, "--no-speed", *files)
+    assert again.err.startswith("[bad-output]")
+    data = json.loads(ran(surgeon("compare", *models, *small, "--no-speed", "--json")).out)
+    kinds = [model["kind"] for model in data["models"]]
+    assert kinds == ["checkpoint", "checkpoint", "onnx", "pt2"]
+    small_ones = data["models"][1:]
+    assert len({model["parameters"] for model in small_ones}) == 1
+    kl = [model["texts"][0]["agreement"]["kl"] for model in small_ones]
+    assert kl == pytest.approx([kl[0]] * 3, rel=1e-3) and kl[0] > 0
+    assert len({model["written"][0]["text"] for model in small_ones}) == 1
+
+
+def test_compare_times_models_in_turns(pruned: Path) -> None:
+    small = ["--window", "40", "--windows", "1", "--no-writing", "--repeat", "1", "--threads", "1"]
+    data = json.loads(ran(surgeon("compare", pruned, pruned, *small, "--json")).out)
+    first, second = (model["speed"] for model in data["models"])
+    assert first["prefill_speed_up"] == 1 and second["decode_speed_up"] > 0
+    assert len(second["decode_seconds"]) == 1 and second["run_by"].startswith("Transformers")
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ([], "bad-option"),
+        (["nowhere"], "not-a-model"),
+        (["{}", "--against", "else"], "bad-option"),
+        (["{}", "--text", "nowhere"], "missing-file"),
+        (["{}", "--tokenizer", "nowhere"], "not-a-model"),
+        (["{}", "--tasks", "colours", "--tasks-path", "nowhere"], "missing-file"),
+        (["nowhere.pt2"], "missing-file"),
+    ],
+)
+def test_comparing_with_nonsense(llama: Path, args: list[str], code: str) -> None:
+    given = [str(llama) if arg == "{}" else arg for arg in args]
+    found = surgeon("compare", llama, *given, "--window", "32", "--windows", "1", "--no-speed")
+    assert found.code == 1 and found.err.startswith(f"[{code}] ") and len(found.lines) == 4
 
 
 @pytest.mark.slow
@@ -440,8 +509,8 @@ def test_eval_and_generate_agree_on_a_folder_and_its_onnx_file(
     graph = tmp_path / "m.onnx"
     ran(surgeon("export", pruned, "--to", "onnx", "-o", graph))
     score = ["--window", "32", "--windows", "2", "--json"]
-    here = json.loads(ran(surgeon("eval", pruned, *score)).out)
-    there = json.loads(ran(surgeon("eval", graph, *score, "--tokenizer", pruned)).out)
+    (here,) = scored(surgeon("eval", pruned, *score))
+    (there,) = scored(surgeon("eval", graph, *score, "--tokenizer", pruned))
     assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-4)
     write = ["hello", "--max-new-tokens", "8"]
     text = ran(surgeon("generate", pruned, *write)).out

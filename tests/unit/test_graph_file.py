@@ -43,6 +43,8 @@ def test_a_checkpoint_with_a_graph_beside_it_is_a_checkpoint(tmp_path):
     assert not is_graph_folder(tmp_path)
     write(tmp_path / "model.onnx", TINY)
     assert is_graph_folder(tmp_path)
+    (tmp_path / "plan.safetensors").touch()  # of a plan that rewrites, pruned to a graph
+    assert is_graph_folder(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert not is_graph_folder(tmp_path)
 
