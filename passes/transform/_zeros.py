@@ -38,6 +38,12 @@ class Pattern:
         return f"{self.kept}:{self.of}"
 
 
+def unread(value: Any) -> Any:
+    """Returns the text of a pattern that YAML read as a number to the base of sixty: 2:4 as 124."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value // 60}:{value % 60}" if whole and value > 60 else value
+
+
 def lowest(scores: Any, count: int) -> Any:
     """Returns where the lowest `count` of each [..., n] stand, of equal ones the first."""
     import torch

@@ -16,12 +16,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator
 
 from passes.transform._importance import Allocation, shares
 from passes.transform._matrices import Matrix, matrices
 from passes.transform._sweep import swept
-from passes.transform._zeros import Group, Pattern, below, of_pattern, of_share
+from passes.transform._zeros import Group, Pattern, below, of_pattern, of_share, unread
 from surgeon.plugin import Context, TransformPass
 
 
@@ -37,7 +39,7 @@ class Sparsify(TransformPass):
     ratio: float | None = None
     """Share of the weights to be zero."""
 
-    pattern: str | None = None
+    pattern: Annotated[str | None, BeforeValidator(unread)] = None
     """N:M, such as 2:4, in place of a ratio: no more than N of every M along the inputs stay."""
 
     scope: Literal["layer", "global"] = "layer"

@@ -198,5 +198,5 @@ def _row(where: str, before: int, after: int, says: str) -> Mapping[str, Any]:
 def _zipped(tensor: torch.Tensor, width: int) -> float:
     """Returns the share of a parameter's bytes that is left when they are zipped."""
     dtype = torch.float32 if width >= 4 else torch.float16
-    data = tensor.reshape(-1)[:SAMPLE].to(dtype).contiguous().numpy().tobytes()
+    data = tensor.detach().reshape(-1)[:SAMPLE].to(dtype).contiguous().numpy().tobytes()
     return len(zlib.compress(data, 1)) / max(1, len(data))

@@ -422,6 +422,18 @@ def test_options_that_mean_nothing_together(options: dict[str, Any], says: str) 
     assert caught.value.code is Code.BAD_OPTION and says in caught.value.why
 
 
+def test_a_pattern_is_read_with_and_without_quotes() -> None:
+    from surgeon.recipes import from_text
+
+    for text in ('"2:4"', "2:4", "4:8", "11:32"):
+        passes = f"[{{transform: sparsify, pattern: {text}}}]"
+        (step,) = from_text(f"version: 1\npasses: {passes}", "r.yaml").passes
+        from surgeon.registry import build
+
+        made: Any = build(step.kind, step.name, step.options)
+        assert made.pattern == text.strip('"')
+
+
 def test_a_pattern_before_the_selection_is_refused(llama: Model) -> None:
     with pytest.raises(SurgeonError, match="can't treat a pattern of 2:4") as caught:
         surgeon.prune(
