@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgeon.axes.plan import Plan
     from surgeon.comparing import compare, evaluate
     from surgeon.errors import Code, SurgeonError
+    from surgeon.improving import prune_iteratively, recover
     from surgeon.ir import Program
     from surgeon.pipeline import Model, Pruned, Report, capture, open_model, prune, verify
     from surgeon.viewing import analyse

@@ -34,7 +34,7 @@ class Trimmed:
 def only_vocabulary(recipe: Recipe) -> bool:
     """Whether a recipe cuts the vocabulary and asks its selection for nothing."""
     nothing = recipe.budget.ratio is None and not recipe.budget.roles
-    return recipe.vocabulary is not None and nothing and bool(recipe.of("select"))
+    return recipe.vocabulary is not None and nothing and bool(recipe.placed["select"])
 
 
 def trimming_of(origin: Model, recipe: Recipe, budget: Budget) -> Trimmed | None:

@@ -331,8 +331,9 @@ def _zeros_kept(small: Small) -> Generator[None]:
 
 def _state(trainer: Trainer, model: nn.Module, settings: Settings) -> Mapping[str, torch.Tensor]:
     """Returns the trained tensors by the student's own names, on the CPU."""
+    found: Any
     if settings.method == "lora":
-        found: Mapping[str, Any] = merged(model).state_dict()
+        found = merged(model).state_dict()
     else:
         found = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
