@@ -1,0 +1,155 @@
+"""What a recipe asks of a model: checked, and as a budget and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import lcm
+from typing import TYPE_CHECKING
+
+from surgeon.axes.budget import Budget, allowed, allowed_params, check_ratio, decoder_params
+from surgeon.errors import Code, SurgeonError
+from surgeon.opening import Model
+from surgeon.planning import Passes
+
+if TYPE_CHECKING:
+    from surgeon.calibrate.data import Recipe as CalibrationData
+    from surgeon.calibrate.stored import Stored
+    from surgeon.recipes.schema import Recipe
+
+
+def check_asked(recipe: Recipe, passes: Passes) -> None:
+    """Refuses a recipe that doesn't say how much is to go, or says it of nothing."""
+    budget = recipe.budget
+    if passes.select is None:
+        _check_whole(recipe, passes)
+        return
+    if budget.ratio is None and not budget.roles and recipe.vocabulary is None:
+        raise SurgeonError(
+            Code.BAD_RATIO,
+            "nothing says how much to remove",
+            at="--ratio, --role",
+            why="neither a ratio nor a role was given",
+            try_="--ratio 0.2, --role ffn=0.25, or --trim-vocab FILE",
+        )
+    if budget.ratio is not None:
+        check_ratio(budget.ratio, "--ratio")
+    for role, share in budget.roles.items():
+        check_ratio(share, f"--role {role}")
+
+
+def _check_whole(recipe: Recipe, passes: Passes) -> None:
+    """Refuses, where nothing is removed, what says how much is to be, and passes without effect."""
+    budget = recipe.budget
+    said = {
+        "--ratio": budget.ratio is not None,
+        "--role": bool(budget.roles),
+        "--limit": bool(budget.limits),
+        "--multiple-of": bool(budget.multiple_of),
+        "--measure": budget.measure != "parameters",
+        "--latency": budget.latency is not None,
+        "--tensor-parallel": budget.tensor_parallel != 1,
+        "schedule": recipe.schedule is not None,
+    }
+    names = ", ".join(p.label for p in passes.every)
+    for option, given in said.items():
+        if given:
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                f"{option} would not be looked at",
+                at=option,
+                why=f"no pass of this recipe removes anything: it has {names}",
+                try_="a score and a selection; or the option of a pass: see 'surgeon passes'",
+            )
+    if not passes.then and recipe.vocabulary is None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "this recipe leaves the model as it was",
+            at=names,
+            why="nothing is removed, and every pass is exact: the model computes what it did",
+            try_="a score and a selection, or a transform after these",
+        )
+
+
+def budget_of(origin: Model, recipe: Recipe) -> Budget:
+    """Returns what a recipe's budget means for a model.
+
+    Raises:
+        SurgeonError: `no-such-axis` for a glob that matches nothing; for a table of timings that
+            can't be read.
+    """
+    asked = recipe.budget
+    multiples = multiples_of(origin, recipe.target)
+    axes, branches = allowed(origin.axes, asked.freeze, asked.only)
+    counted = decoder_params(origin.axes)
+    clock = None
+    if asked.latency is not None:
+        from surgeon.axes.clock import Table
+
+        if asked.measure != "latency":
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "the table of timings would not be looked at",
+                at=f"--latency {asked.latency}",
+                why=f"the ratio is a share of the {asked.measure}",
+                try_="--measure latency, or leave the table out",
+            )
+        clock = Table.read(asked.latency).clock
+    wanted = dict(multiples())
+    for name, multiple in asked.multiple_of.items():
+        wanted[name] = lcm(multiple, wanted.get(name, 1))
+    return Budget(
+        ratio=asked.ratio,
+        roles=dict(asked.roles),
+        counted=counted,
+        axes=axes,
+        branches=branches,
+        params=allowed_params(origin.program, asked.freeze, asked.only),
+        multiple_of=wanted,
+        measure=asked.measure,
+        limits=dict(asked.limits),
+        tensor_parallel=asked.tensor_parallel,
+        clock=clock,
+    )
+
+
+def multiples_of(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
+    """Returns what tells, when asked, which multiples a target wants; refuses an unknown one."""
+    if target != "transformers":
+        from surgeon.emit.target import get_target
+
+        found = get_target(target)
+        return lambda: found.multiple_of(origin.axes)
+    source = origin.source
+    if source is None:
+        return dict[str, int]
+    from surgeon.emit.huggingface import multiple_of
+
+    return lambda: multiple_of(origin.axes, source.config, source.model_class)
+
+
+def stored_of(recipe: Recipe) -> Stored | None:
+    """Returns the statistics that a recipe names in place of data, or None."""
+    if recipe.calibration.statistics is None:
+        return None
+    if recipe.schedule is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "a schedule can't be run on saved statistics",
+            at="calibration.statistics",
+            why="every round looks at what the one before it left, and they are of the whole model",
+            try_="--calibration FILE with a text, or leave the schedule out",
+        )
+    from surgeon.calibrate.stored import load
+
+    return load(recipe.calibration.statistics)
+
+
+def data_of(recipe: Recipe) -> CalibrationData:
+    """Returns the data that a recipe names; without a source, the text of last resort."""
+    asked = recipe.calibration
+    from surgeon.calibrate.data import Piece
+    from surgeon.calibrate.data import Recipe as Data
+
+    pieces = tuple(Piece(piece.source, piece.weight) for piece in asked.sources)
+    seed = recipe.seed if asked.seed is None else asked.seed
+    return Data(pieces, asked.samples, asked.length, seed)
