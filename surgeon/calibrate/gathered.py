@@ -136,8 +136,17 @@ class Gathered:
         return made
 
     def expect(self, needs: Iterable[str]) -> None:
-        """Hears what passes will ask for, by their `needs`, so that one walk can gather it."""
+        """Hears what passes will ask for, by their `needs`, so that one walk can gather it.
+
+        What none of them needs is let go: matrices by the hundred, on top of which others train.
+        """
         self._expected = frozenset(needs)
+        if self._expected.isdisjoint(("activations: second moment", "activations: norms")):
+            self._known.second.clear()
+        if "gradients: outputs" not in self._expected:
+            self._known.fisher.clear()
+        if "gradients: weights" not in self._expected:
+            self._known.gradients.clear()
 
     def read(self, name: str) -> torch.Tensor:
         """Returns a parameter of the dense model, fp32."""

@@ -350,6 +350,21 @@ def test_one_walk_answers_for_every_layer_and_role(monkeypatch: pytest.MonkeyPat
     assert len(walks) == 1
 
 
+def test_what_no_pass_is_going_to_ask_for_is_let_go() -> None:
+    found = data()
+    found.expect(["activations: second moment", "gradients: outputs", "gradients: weights"])
+    before = found.fisher([DOWN])[DOWN], found.moments([DOWN])[DOWN], found.gradients([DOWN])[DOWN]
+    found.expect(["activations: norms"])
+    assert found._known.second and not found._known.fisher and not found._known.gradients
+    found.expect(["activations: distillation"])
+    assert not found._known.second
+    found.expect(["activations: second moment", "gradients: outputs", "gradients: weights"])
+    after = found.fisher([DOWN])[DOWN], found.moments([DOWN])[DOWN], found.gradients([DOWN])[DOWN]
+    for one, two in zip(before, after, strict=True):
+        assert one.count == two.count
+    torch.testing.assert_close(after[0].second, before[0].second)
+
+
 def test_a_device_is_chosen_by_name() -> None:
     assert data(device="auto").machine.world.device in ("cpu", "cuda")
     with pytest.raises(SurgeonError) as caught:
