@@ -37,7 +37,7 @@ class Sparsify(TransformPass):
     """What a weight is worth."""
 
     ratio: float | None = None
-    """Share of the weights to be zero."""
+    """Share of the weights to be zero; half of them without it and without a pattern."""
 
     pattern: Annotated[str | None, BeforeValidator(unread)] = None
     """N:M, such as 2:4, in place of a ratio: no more than N of every M along the inputs stay."""
@@ -73,8 +73,8 @@ class Sparsify(TransformPass):
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing, or nothing together."""
-        if (self.ratio is None) == (self.pattern is None):
-            raise ValueError("it takes a ratio, such as 0.5, or a pattern, such as 2:4")
+        if self.ratio is not None and self.pattern is not None:
+            raise ValueError("it takes a ratio, such as 0.5, or a pattern, such as 2:4; not both")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio is {self.ratio}, it has to be above 0 and below 1")
         if self.pattern is not None:
@@ -91,7 +91,7 @@ class Sparsify(TransformPass):
         """Returns what options may not be together, and why."""
         whole = self.scope == "global"
         uneven = self.allocation != "uniform"
-        low, high = (self.ratio or 0.5) - self.spread, (self.ratio or 0.5) + self.spread
+        low, high = self.share - self.spread, self.share + self.spread
         return (
             (
                 self.pattern is not None and (whole or uneven or self.group is not None),
@@ -137,6 +137,11 @@ class Sparsify(TransformPass):
         )
 
     @property
+    def share(self) -> float:
+        """The ratio, given or not; a pattern has its own."""
+        return 0.5 if self.ratio is None else self.ratio
+
+    @property
     def updates(self) -> bool:
         """Whether weights that stay make up for those that go."""
         return self.by == "sparsegpt" if self.update is None else self.update
@@ -172,7 +177,7 @@ class Sparsify(TransformPass):
         by_name = {m.param: m for m in found}
         if self.scope == "global":
             return self._all_at_once(context, found)
-        wanted = shares(context, found, self.allocation, self.ratio or 0.0, self.spread)
+        wanted = shares(context, found, self.allocation, self.share, self.spread)
         if wanted and self.allocation != "uniform":
             least, most = min(wanted.values()), max(wanted.values())
             context.notes.append(
@@ -264,7 +269,6 @@ class Sparsify(TransformPass):
         """Returns the weights without the lowest of all."""
         import torch
 
-        assert self.ratio is not None
         norms = context.norms([m.param for m in found]) if self.by == "wanda" else {}
         every: list[Any] = []
         for matrix in found:
@@ -280,7 +284,7 @@ class Sparsify(TransformPass):
                 scores = torch.where(scores < 0, scores, scores / mean)
             every.append(scores)
         out: dict[str, Any] = {}
-        for matrix, gone in zip(found, below(every, self.ratio), strict=True):
+        for matrix, gone in zip(found, below(every, self.share), strict=True):
             full = context.weights(matrix.param)
             out[matrix.param] = matrix.put(full, matrix.take(full).masked_fill(gone, 0.0))
         return out
