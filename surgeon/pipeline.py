@@ -17,7 +17,8 @@ from surgeon.axes.budget import (
     check_ratio,
     decoder_params,
 )
-from surgeon.axes.plan import Plan, check
+from surgeon.axes.factors import check_halves
+from surgeon.axes.plan import Plan, Selection, check
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
@@ -200,6 +201,7 @@ def run(
     _check_asked(recipe, passes)
     stored = None if calibration is not None else _stored_of(recipe)
     origin = _opened(source, opening)
+    _check_factors(origin, recipe, passes)
     start = time.perf_counter()
     budget = budget_of(origin, recipe)
     spelled = _spelled(recipe, passes).to_data()
@@ -297,6 +299,25 @@ def _check_whole(recipe: Recipe, passes: Passes) -> None:
         )
 
 
+def _check_factors(origin: Model, recipe: Recipe, passes: Passes) -> None:
+    """Refuses, before any work, two maps in place of one where those can't be expressed."""
+    if not passes.factors:
+        return
+    if recipe.schedule is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{passes.factors[0].label} can't be part of a schedule",
+            at="schedule",
+            why="every round would factor anew what the one before it left, and a plan of all "
+            "rounds has one rank for a map",
+            try_=f"a schedule without it, and --transform {passes.factors[0].name} on its result",
+        )
+    if recipe.target == "transformers" and origin.source is not None:
+        from surgeon.emit.huggingface import check_factors
+
+        check_factors(origin.source.config, origin.source.model_class)
+
+
 def _opened(source: Any, opening: Mapping[str, Any]) -> Model:
     origin = open_model(source, **opening)
     if origin.source is not None and origin.source.weights is not None:
@@ -389,6 +410,7 @@ def _result(origin: Model, plan: Plan, rewrites: Mapping[str, Any], target: str)
     """Returns a plan with its model, still without a report."""
     check(origin.axes, plan)
     _same_source(origin, plan)
+    check_halves(Selection(origin.axes, plan), rewrites)
     if origin.tensors is not None:
         plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
     return Pruned(origin, plan, _NO_REPORT, dict(rewrites), target)
