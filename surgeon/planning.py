@@ -121,7 +121,7 @@ class Passes:
                     Code.BAD_OPTION,
                     f"{early.label} can't stand before the selection",
                     at=early.label,
-                    why="what is selected and mended after it would be of maps that are two by then",
+                    why="what follows would be selected from, and mended in, maps that are two",
                     try_=f"put it last: --then {early.name}",
                 )
         return cls(
@@ -303,9 +303,7 @@ class _Run:
         start = time.perf_counter()
         axes, plan = self.origin.axes, context.plan
         two = bool(getattr(step.made, "factors", False))
-        made = check_tensors(
-            axes, step.label, call(), products=two, whole=context.factored
-        )
+        made = check_tensors(axes, step.label, call(), products=two, whole=context.factored)
         seconds = time.perf_counter() - start
         self.note(step, context, seconds, of_tensors(made, axes, plan))
         return made

@@ -2,12 +2,12 @@
 
 A map of n outputs and d inputs takes n·d parameters; as two of rank r it takes r·(n + d), and is
 left as it is where that isn't less. What is lost is the squared singular values beyond the rank:
-those of W itself, or of W as its inputs weigh it. For inputs x of second moment H the error is
-tr(ΔW·H·ΔWᵀ), the mean square of what the outputs differ by, and with H = S·Sᵀ the best W is that of
-W·S, cut off and multiplied with S⁻¹. That is U·Uᵀ·W with the left singular vectors U of W·S, so
-that H may be singular. With the loss's gradients at the outputs, of second moment G, the error
-½·tr(G·ΔW·H·ΔWᵀ) is what the loss is predicted to grow by, and maps can be compared: a budget for
-all gives each the rank at which a parameter is worth the same.
+those of W itself, or of W as its inputs weigh it. For inputs x of second moment H, in the dense
+model, the error is tr(ΔW·H·ΔWᵀ), the mean square of what the outputs differ by, and with H = S·Sᵀ
+the best W is that of W·S, cut off and multiplied with S⁻¹. That is U·Uᵀ·W with the left singular
+vectors U of W·S, so that H may be singular. With the loss's gradients at the outputs, of second
+moment G, the error ½·tr(G·ΔW·H·ΔWᵀ) is what the loss is predicted to grow by, and maps can be
+compared: a budget for all gives each the rank at which a parameter is worth the same.
 
 Reference: Eckart and Young, 1936; Wang et al., SVD-LLM, 2025 (whitening by the inputs); Chen et
 al., DRONE, 2021 (without an inverse); Hsu et al., Language Model Compression with Weighted Low-Rank
@@ -193,9 +193,7 @@ class LowRank(TransformPass):
             )
         return {m.param: rank for m, rank in zip(found, ranks, strict=True)}
 
-    def _tell(
-        self, context: Context, found: Sequence[Matrix], made: Mapping[str, Product]
-    ) -> None:
+    def _tell(self, context: Context, found: Sequence[Matrix], made: Mapping[str, Product]) -> None:
         """Says how many maps became two, and why the others didn't."""
         if not made:
             context.notes.append(

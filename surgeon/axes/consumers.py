@@ -12,6 +12,7 @@ from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.channels import along
 from surgeon.axes.contractions import contractions
 
+
 @dataclass(frozen=True)
 class Consumer:
     """A map that is summed over an axis.

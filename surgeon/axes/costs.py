@@ -164,9 +164,9 @@ class Costs:
                 yield term.path, self._value(term, smaller).times(kept, whole)
 
     def _parts(self, plan: Plan) -> dict[str | int, tuple[int, int]]:
-        """Returns by parameter, and by operation that it is used in, its elements as one and as two.
+        """Returns the elements as one and as two of what the plan makes two.
 
-        Only of what the plan makes two.
+        They are found by parameter, and by operation that it is used in.
         """
         selection = Selection(self.axes, plan)
         out: dict[str | int, tuple[int, int]] = {}

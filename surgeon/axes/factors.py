@@ -176,8 +176,9 @@ def check_halves(selection: Selection, rewrites: Mapping[str, Any]) -> None:
             Code.BAD_PLAN,
             f"the plan has no usable tensor for {half.name}",
             at=half.name,
-            why="it isn't there" if shape is None else f"it is {list(shape)}, and has to be "
-            f"{list(half.sized(full))}",
+            why="it isn't there"
+            if shape is None
+            else f"it is {list(shape)}, and has to be {list(half.sized(full))}",
             try_="keep plan.safetensors beside plan.json",
         )
 

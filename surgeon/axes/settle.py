@@ -18,7 +18,18 @@ MIXING = ("contract", "normalise", "index", "scan")
 """Uses that bring together what belongs to different indices of an axis."""
 TOGETHER = ("aten.mean.dim", "aten.sum.dim_IntList")
 """Operations that mix several dimensions as if they were one."""
-ROLE_ORDER = ("positions", "hidden", "vocab", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn", "rank")
+ROLE_ORDER = (
+    "positions",
+    "hidden",
+    "vocab",
+    "kv_heads",
+    "q_per_kv",
+    "rotary",
+    "qk",
+    "v",
+    "ffn",
+    "rank",
+)
 
 
 def analyse(program: Program, table: dict[str, OpRule] | None = None) -> Axes:

@@ -30,6 +30,7 @@ from surgeon.emit.hf_config import (
     stock,
 )
 from surgeon.emit.layers import LayerShape, layer_shapes
+from surgeon.emit.products import TWO_MAPS, ranked
 from surgeon.emit.scales import Refused, Scale, folded_scales, table_ratios
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Arg, ParamRef, Ref
@@ -40,13 +41,6 @@ AUTO_MAP = {
     "AutoConfig": "modeling_surgeon_pruned.SurgeonPrunedConfig",
     "AutoModelForCausalLM": "modeling_surgeon_pruned.SurgeonPrunedForCausalLM",
 }
-
-
-DOWN = ".down.weight"
-"""The end of the name of a product's first map, in the modelling file as in a plan."""
-
-TWO_MAPS = "two maps stand in place of one"
-"""What no class of Transformers has."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +351,7 @@ def _packaged(
         qk_norm_mean_scale=max(norms["qk"], default=1.0)
         * (earlier.qk_norm_mean_scale if earlier else 1.0),
     )
-    names, data["ranks"] = _ranked(selection, names)
+    names, data["ranks"] = ranked(selection, names)
     data["architectures"] = ["SurgeonPrunedForCausalLM"]
     data["auto_map"] = AUTO_MAP
     data["model_type"] = PACKAGED
@@ -376,25 +370,6 @@ def _packaged(
     )
     candidate = Candidate(object, None, note, remote=True)
     return Emission(candidate, names, {}, data, (note,))
-
-
-def _ranked(
-    selection: Selection, names: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, int] | None]:
-    """Returns names with the biases of products where the modelling file has them, and the ranks.
-
-    Those are by module, None where there are none: of maps that are two by this plan or an earlier
-    one.
-
-    """
-    ranks: dict[str, int] = {}
-    out = dict(names)
-    for old, new in names.items():
-        if new.endswith(DOWN):
-            ranks[new.removesuffix(DOWN)] = selection.shape(old)[0]
-        elif new.endswith(".bias") and new.removesuffix(".bias") + DOWN in names.values():
-            out[old] = new.removesuffix("bias") + "up.bias"
-    return out, ranks or None
 
 
 def _composed(before: list[int] | None, kept: list[int] | None) -> list[int] | None:

@@ -203,7 +203,7 @@ def factor(model: nn.Module, config: SurgeonPrunedConfig, prefix: str = "") -> N
         if path.startswith(prefix):
             module = model.get_submodule(parent)
             linear = getattr(module, name)
-            if isinstance(linear, nn.Linear):
+            if isinstance(linear, nn.Linear):  # those within the decoder are products already
                 setattr(module, name, SurgeonPrunedProduct(linear, rank))
 
 
