@@ -265,18 +265,20 @@ class _Settler:
         Then those that one linear map makes and another contracts as it is: ranks of products.
         """
         kinds: dict[int, set[str]] = {}
-        into: set[int] = set()
+        into: dict[int, set[int]] = {}
         for use in self.facts.uses:
             for atom in leaves(self.resolved(use.expr)):
                 kinds.setdefault(atom, set()).add(use.kind)
                 if use.kind == "contract":
                     op = self.program.ops[use.op]
                     out = self.dims["%" + op.outputs[0]]
-                    if out and hidden & set(leaves(out[-1])):
-                        into.add(atom)
+                    into.setdefault(atom, set()).update(leaves(out[-1]) if out else ())
+        products = contractions(self.program)
+        made = {found.out for found in products}
+        between = (found.value for found in products if found.value in made)
+        ranks = {a for value in between for a in leaves(self.dims["%" + value][-1])} - hidden
+        # Through a product the residual is reached as well.
+        reach = hidden | {a for a in ranks if into.get(a, set()) & hidden}
         ends = {"produce", "contract"}
-        made = {found.out for found in contractions(self.program)}
-        between = (f.value for f in contractions(self.program) if f.value in made)
-        ranks = {a for value in between for a in leaves(self.dims["%" + value][-1])}
-        channels = {a for a in into - hidden if ends <= kinds[a] <= {*ends, "map"}}
-        return channels - ranks, ranks - hidden
+        channels = {a for a, to in into.items() if to & reach} - hidden - ranks
+        return {a for a in channels if ends <= kinds[a] <= {*ends, "map"}}, ranks
