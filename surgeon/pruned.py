@@ -102,7 +102,7 @@ class Pruned:
         split = self.selection.splits.get(name)
         if split is None:
             return self.origin.read(name)
-        return Product(*(self.rewrites[h.name] for h in (split.rows, split.columns))).whole
+        return Product(self.rewrites[split.rows.name], self.rewrites[split.columns.name]).whole
 
     def dtype(self, name: str) -> torch.dtype:
         """Returns the element type that a parameter of `program` is stored in."""

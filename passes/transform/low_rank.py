@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from passes.transform._matrices import Matrix, matrices
 from passes.transform._ranks import Costs, spread
 from passes.transform._spectrum import Spectrum, spectrum
@@ -183,7 +185,7 @@ class LowRank(TransformPass):
                 f"with the lowest ranks, {len(found)} maps would lose {most:.1%} of the parameters",
             )
         lost = sum(
-            float(cost.lost(_array(rank))[0])
+            float(cost.lost(np.array([rank]))[0])
             for cost, rank in zip(costs, ranks, strict=True)
             if rank is not None
         )
@@ -249,15 +251,7 @@ def _sizes(matrix: Matrix) -> tuple[int, int]:
 
 
 def _costs(matrix: Matrix, energies: Any, step: int) -> Costs:
-    import numpy as np
-
     return Costs(*_sizes(matrix), np.asarray(energies, np.float64), step)
-
-
-def _array(rank: int) -> Any:
-    import numpy as np
-
-    return np.array([rank])
 
 
 def _product(context: Context, matrix: Matrix, made: Spectrum, rank: int) -> Product:
