@@ -351,12 +351,14 @@ def _packaged(
         qk_norm_mean_scale=max(norms["qk"], default=1.0)
         * (earlier.qk_norm_mean_scale if earlier else 1.0),
     )
-    names, data["ranks"] = ranked(selection, names)
+    names, ranks = ranked(selection, names)
+    if ranks:
+        data["ranks"] = ranks
     data["architectures"] = ["SurgeonPrunedForCausalLM"]
     data["auto_map"] = AUTO_MAP
     data["model_type"] = PACKAGED
     why = [differ] if differ else []
-    if data["ranks"] and not selection.splits:
+    if ranks and not selection.splits:
         why.append(TWO_MAPS)
     if data["rotary_pairs"] is not None:
         why.append("rotary pairs are missing")

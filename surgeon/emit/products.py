@@ -13,12 +13,10 @@ DOWN = ".down.weight"
 """The end of the name of a product's first map, in the modelling file as in a plan."""
 
 
-def ranked(
-    selection: Selection, names: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, int] | None]:
+def ranked(selection: Selection, names: Mapping[str, str]) -> tuple[dict[str, str], dict[str, int]]:
     """Returns names with biases where the modelling file has them, and the ranks by module.
 
-    The ranks, None where there are none, are of maps that are two by this plan or an earlier one.
+    The ranks are of maps that are two by this plan or an earlier one.
 
     Args:
         selection: the plan's.
@@ -31,4 +29,4 @@ def ranked(
         module = new.removesuffix(".bias")
         if module != new and module in ranks:
             out[old] = module + ".up.bias"
-    return out, ranks or None
+    return out, ranks
