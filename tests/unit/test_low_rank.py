@@ -24,6 +24,7 @@ from surgeon.axes.settle import analyse
 from surgeon.axes.surgery import operate
 from surgeon.calibrate.data import Piece
 from surgeon.calibrate.data import Recipe as Data
+from surgeon.emit.layers import layer_shapes
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.verify import verify
 from surgeon.opening import Model, open_model
@@ -37,6 +38,7 @@ from tests.fakes import Drawn
 pytestmark = pytest.mark.slow
 
 UP = "model.layers.0.mlp.up_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
 OUT = "model.layers.1.self_attn.o_proj.weight"
 TEXT = Data((Piece([3 + 7 * i % 89 for i in range(400)]),), samples=8, length=16)
 
@@ -343,9 +345,12 @@ def test_new_names_are_those_of_no_parameter() -> None:
 
 def test_the_axis_between_two_maps_has_the_role_rank() -> None:
     model = opened()
-    axes = analyse(operate(model.axes, Plan(factors=((UP, 5), (OUT, 7)))))
-    assert sorted(a.size for a in axes.of_role("rank")) == [5, 7]
-    assert {a.size for a in axes.of_role("ffn")} == {80}
+    axes = analyse(operate(model.axes, Plan(factors=((DOWN, 3), (UP, 5), (OUT, 7)))))
+    assert sorted(a.size for a in axes.of_role("rank")) == [3, 5, 7]
+    assert [a.size for a in axes.of_role("ffn")] == [80, 80]
+    assert [shape.widths for shape in layer_shapes(axes, Plan())] == [
+        shape.widths for shape in layer_shapes(model.axes, Plan())
+    ]
 
 
 def test_a_product_keeps_its_rows_and_columns_beside_a_cut() -> None:
