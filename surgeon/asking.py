@@ -70,6 +70,25 @@ def _check_whole(recipe: Recipe, passes: Passes) -> None:
         )
 
 
+def check_factors(origin: Model, recipe: Recipe, passes: Passes) -> None:
+    """Refuses, before any work, two maps in place of one where those can't be expressed."""
+    if not passes.factors:
+        return
+    if recipe.schedule is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{passes.factors[0].label} can't be part of a schedule",
+            at="schedule",
+            why="every round would factor anew what the one before it left, and a plan of all "
+            "rounds has one rank for a map",
+            try_=f"a schedule without it, and --transform {passes.factors[0].name} on its result",
+        )
+    if recipe.target == "transformers" and origin.source is not None:
+        from surgeon.emit.huggingface import check_factors as expressible
+
+        expressible(origin.source.config, origin.source.model_class)
+
+
 def budget_of(origin: Model, recipe: Recipe) -> Budget:
     """Returns what a recipe's budget means for a model.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.budget import Budget
+from surgeon.axes.factors import Product, factorable
 from surgeon.axes.plan import Plan, check
 from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError, near
@@ -115,8 +116,17 @@ def check_selected(axes: Axes, by: str, plan: Any, budget: Budget) -> Plan:
     return plan
 
 
-def check_tensors(axes: Axes, by: str, found: Any) -> dict[str, Any]:
+def check_tensors(
+    axes: Axes, by: str, found: Any, *, products: bool = False, whole: Container[str] = ()
+) -> dict[str, Any]:
     """Returns the tensors of a pass, if each can stand for the parameter it is named after.
+
+    Args:
+        axes: of the model.
+        by: the pass.
+        found: what it gave.
+        products: whether a `Product` may stand in place of a tensor.
+        whole: parameters that are products already, which nothing replaces.
 
     Raises:
         SurgeonError: `bad-plan`, with the pass and the parameter.
@@ -131,6 +141,17 @@ def check_tensors(axes: Axes, by: str, found: Any) -> dict[str, Any]:
                 by, f"a tensor for '{param}'", param, "there is no such one", near(param, known)
             )
         shape = known[param].type.shape
+        if param in whole:
+            raise broken(
+                by,
+                f"a tensor for {param}",
+                param,
+                "it is the product of two maps by now, and another tensor would be none",
+                "put the pass that factors maps behind this one",
+            )
+        if isinstance(tensor, Product):
+            _check_product(axes, by, param, tensor, products)
+            continue
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             why = "it must be a tensor of floating-point numbers"
         elif tuple(tensor.shape) != shape:
@@ -147,6 +168,28 @@ def check_tensors(axes: Axes, by: str, found: Any) -> dict[str, Any]:
             "more calibration data, or a larger ridge or damping where the pass has one",
         )
     return dict(found)
+
+
+def _check_product(axes: Axes, by: str, param: str, found: Product, allowed: bool) -> None:
+    """Sees to it that a product can stand for a parameter."""
+    import torch
+
+    both = (found.left, found.right)
+    shape = axes.program.param[param].type.shape
+    if not allowed:
+        why = "only a transform that says so, behind the selection, makes two maps of one"
+    elif param not in factorable(axes):
+        why = "it is no matrix that one value alone is multiplied with"
+    elif not all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in both):
+        why = "its factors must be tensors of floating-point numbers"
+    elif (found.left.shape[0], found.right.shape[1]) != shape or found.rank != len(found.right):
+        sizes = " by ".join(str(list(t.shape)) for t in both)
+        why = f"its factors are {sizes}, and the product must be {list(shape)}: full size"
+    elif not all(bool(t.isfinite().all()) for t in both):
+        why = "a factor holds NaN or infinity"
+    else:
+        return
+    raise broken(by, f"no usable product for {param}", param, why, "see TransformPass.factors")
 
 
 class Watched:

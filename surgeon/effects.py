@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
 import numpy as np
 
 from surgeon.axes.axes import Axes
+from surgeon.axes.factors import Product
 from surgeon.axes.plan import Plan, counts
 
 
@@ -24,7 +25,7 @@ class PassResult:
         seconds: of wall time; a score's are not counted in the selection that asked for it.
         effect: by what it is called: indices `removed` by role, `branches` dropped, `parameters`
             removed, `predicted_loss` (by how much the scores say that the mean negative
-            log-likelihood grows), tensors `replaced`, …
+            log-likelihood grows), tensors `replaced`, maps `factored`, …
         notes: what the pass had to say.
     """
 
@@ -115,9 +116,34 @@ def _predicted(plan: Plan, scores: Mapping[str, Any], cumulative: bool) -> float
     return total
 
 
-def of_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how many tensors were replaced, and how many elements those have."""
-    return {
+def of_tensors(tensors: Mapping[str, Any], axes: Axes, plan: Plan) -> dict[str, Any]:
+    """Returns how many tensors were replaced, and how many elements those have.
+
+    Of those that became products it says the rank, the share of energy kept, and the elements
+    before and after.
+
+    Args:
+        tensors: what a pass gave.
+        axes: of the model.
+        plan: what goes.
+    """
+    shapes = {n: axes.program.param[n].type.shape for n in tensors}
+    effect: dict[str, Any] = {
         "replaced": len(tensors),
-        "elements": sum(prod(tensor.shape) for tensor in tensors.values()),
+        "elements": sum(prod(s for s in shape if isinstance(s, int)) for shape in shapes.values()),
     }
+    made = {n: found for n, found in tensors.items() if isinstance(found, Product)}
+    if made:
+        effect["parameters"] = 0
+        effect["factored"] = {}
+    now = replace(plan, factors=tuple((name, found.rank) for name, found in made.items()))
+    for name, found in made.items():
+        before, after = (counts(axes, p, [name])[1] for p in (plan, now))
+        effect["parameters"] += before - after
+        effect["factored"][name] = {
+            "rank": found.rank,
+            "energy": found.energy,
+            "before": before,
+            "after": after,
+        }
+    return effect

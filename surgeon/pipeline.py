@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.asking import budget_of, check_asked, data_of, multiples_of, stored_of
+from surgeon.asking import budget_of, check_asked, check_factors, data_of, multiples_of, stored_of
 from surgeon.axes.budget import Measure
-from surgeon.axes.plan import Plan, check
+from surgeon.axes.factors import check_halves
+from surgeon.axes.plan import Plan, Selection, check
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
@@ -213,6 +214,7 @@ def run(
     check_asked(recipe, passes)
     stored = None if calibration is not None else stored_of(recipe)
     origin = _opened(source, opening)
+    check_factors(origin, recipe, passes)
     start = time.perf_counter()
     budget = budget_of(origin, recipe)
     spelled = _spelled(recipe, passes).to_data()
@@ -287,6 +289,7 @@ def _result(origin: Model, plan: Plan, rewrites: Mapping[str, Any], target: str)
     """Returns a plan with its model, still without a report."""
     check(origin.axes, plan)
     _same_source(origin, plan)
+    check_halves(Selection(origin.axes, plan), rewrites)
     if origin.tensors is not None:
         plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
     return Pruned(origin, plan, _NO_REPORT, dict(rewrites), target)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgeon.axes.budget import Budget
-from surgeon.axes.plan import Plan
+from surgeon.axes.factors import Product
+from surgeon.axes.plan import Plan, Selection
 from surgeon.conditions import Watched, check_scores, check_selected, check_tensors
 from surgeon.effects import PassResult, of_plan, of_scores, of_tensors, options_of
 from surgeon.errors import Code, SurgeonError, no_weights
@@ -107,13 +108,23 @@ class Passes:
         `then`: the dense model that others are compared with stays what it was.
 
         Raises:
-            SurgeonError: `no-such-pass`, or `bad-option` for one that a pass hasn't.
+            SurgeonError: `no-such-pass`, or `bad-option` for one that a pass hasn't, and for a pass
+                that makes two maps of one before the selection.
         """
         made = [Named(s.kind, s.name, build(s.kind, s.name, s.options)) for s in steps]
         score = next((p for p in made if p.kind == "score"), None)
         select = next((p for p in made if p.kind == "select"), None)
         lossy = (i for i, p in enumerate(made) if p.kind == "transform" and not p.made.exact)
         first = next(lossy, len(made)) if score is None else made.index(score)
+        for early in made[:first]:
+            if getattr(early.made, "factors", False):
+                raise SurgeonError(
+                    Code.BAD_OPTION,
+                    f"{early.label} can't stand before the selection",
+                    at=early.label,
+                    why="what follows would be selected from, and mended in, maps that are two",
+                    try_=f"put it last: --then {early.name}",
+                )
         return cls(
             tuple(made[:first]),
             score,
@@ -134,6 +145,11 @@ class Passes:
         return (*self.transform, *self.later)
 
     @property
+    def factors(self) -> tuple[Named, ...]:
+        """Those that may make two maps of one."""
+        return tuple(p for p in self.then if p.made.factors)
+
+    @property
     def look(self) -> bool:
         """Whether one of them needs calibration data."""
         return any(p.looks for p in self.every)
@@ -144,8 +160,9 @@ class Planned:
     """What the passes made.
 
     Attributes:
-        plan: what goes.
-        rewrites: full-size tensors that replace others before the plan is applied.
+        plan: what goes, and which maps become two.
+        rewrites: full-size tensors that replace others before the plan is applied, and the factors
+            of maps that become two, by their own names.
         results: what each pass did.
         notes: what passes had to say.
     """
@@ -204,10 +221,13 @@ def planned(
         context = run.context(changed, data, passes.later)
         plan = run.select(context, passes.score, passes.select)
     mended: dict[str, Any] = {}
+    products: dict[str, Product] = {}
     after = (*passes.compensate, *passes.then)
     for number, step in enumerate(after):
         seen = data.with_rewrites(mended, dense=False) if data is not None and mended else data
-        context = run.context({**changed, **mended}, seen, after[number:], plan)
+        context = run.context(
+            {**changed, **mended}, seen, after[number:], plan, frozenset(products)
+        )
         dense, basis = _teacher(passes, made_by, ground)
         train = ground.training(
             {**changed, **mended},
@@ -217,8 +237,18 @@ def planned(
             notes=context.notes,
         )
         context = replace(context, training=train)
-        mended |= run.rewriting(step, lambda c=context, p=step: _called(p, c), context)
-    return Planned(plan, {**changed, **mended}, tuple(run.results), tuple(run.notes))
+        found = run.rewriting(step, lambda c=context, p=step: _called(p, c), context)
+        for name, made in found.items():
+            if isinstance(made, Product):
+                products[name], made = made, made.whole
+            mended[name] = made
+    plan = replace(plan, factors=tuple(sorted((n, p.rank) for n, p in products.items())))
+    rewrites = {**changed, **mended}
+    for name, split in Selection(origin.axes, plan).splits.items():
+        del rewrites[name]
+        left, right = products[name].left.float(), products[name].right.float()
+        rewrites |= {split.rows.name: left, split.columns.name: right}
+    return Planned(plan, rewrites, tuple(run.results), tuple(run.notes))
 
 
 def _called(step: Named, context: Context) -> Any:
@@ -263,6 +293,7 @@ class _Run:
         data: Driven | None,
         passes: Sequence[Named],
         plan: Plan | None = None,
+        factored: frozenset[str] = frozenset(),
     ) -> Context:
         """Returns what a pass is handed where these tensors are replaced.
 
@@ -271,6 +302,7 @@ class _Run:
             data: calibration data of that model.
             passes: those that are going to look at it.
             plan: what goes, once that is decided.
+            factored: the parameters that are products by now.
         """
         now = dict(rewrites)
 
@@ -290,6 +322,7 @@ class _Run:
             calibration=data,
             budget=self.budget,
             plan=plan or Plan(),
+            factored=factored,
         )
 
     def note(
@@ -304,10 +337,12 @@ class _Run:
         )
 
     def rewriting(self, step: Named, call: Callable[[], Any], context: Context) -> dict[str, Any]:
-        """Returns the tensors that a pass gives, checked and put on record."""
+        """Returns the tensors and products that a pass gives, checked and put on record."""
         start = time.perf_counter()
-        made = check_tensors(self.origin.axes, step.label, call())
-        effect = {**of_tensors(made), **context.facts}
+        axes, plan = self.origin.axes, context.plan
+        two = bool(getattr(step.made, "factors", False))
+        made = check_tensors(axes, step.label, call(), products=two, whole=context.factored)
+        effect = {**of_tensors(made, axes, plan), **context.facts}
         self.note(step, context, time.perf_counter() - start, effect)
         return made
 

@@ -19,7 +19,9 @@ from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.axes.budget import Budget, count
 from surgeon.axes.channels import occurrences
-from surgeon.axes.consumers import Consumer, Contraction, consumers, contractions
+from surgeon.axes.consumers import Consumer, consumers
+from surgeon.axes.contractions import Contraction, contractions
+from surgeon.axes.factors import Product, factorable
 from surgeon.axes.meter import Meter, Part
 from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, dropped, merged
 from surgeon.axes.producers import Producer, ending, producers
@@ -72,6 +74,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Producer",
+    "Product",
     "Program",
     "Rebuild",
     "Ref",
@@ -91,6 +94,7 @@ __all__ = [
     "cut",
     "dropped",
     "ending",
+    "factorable",
     "limit",
     "merged",
     "occurrences",
@@ -170,6 +174,7 @@ class Context:
             is selected, the empty plan.
         facts: gets figures that the report keeps with what the driver records of the pass.
         training: trains what a plan leaves, for passes that need it.
+        factored: the parameters that are products of two already; none of them can be replaced.
     """
 
     axes: Axes
@@ -182,6 +187,7 @@ class Context:
     plan: Plan = field(default_factory=Plan)
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     training: Callable[[Plan, Any], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
+    factored: frozenset[str] = frozenset()
 
     @property
     def program(self) -> Program:
@@ -377,9 +383,12 @@ class TransformPass(Pass):
     exact: ClassVar[bool] = False
     """Whether the model computes what it did, as after a change of basis."""
 
+    factors: ClassVar[bool] = False
+    """Whether it may make two maps of one; such a pass stands last, and some targets refuse it."""
+
     @abstractmethod
     def transform(self, context: Context) -> Mapping[str, Any]:
-        """Returns by parameter name the full-size tensor that replaces it."""
+        """Returns by parameter name the full-size tensor that replaces it, or a `Product`."""
 
 
 KINDS: Mapping[str, type[Pass]] = {

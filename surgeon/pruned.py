@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.budget import count, decoder_params
+from surgeon.axes.factors import Product
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.renumber import of_vocabulary
 from surgeon.axes.surgery import operate
@@ -99,9 +100,21 @@ class Pruned:
         return Selection(self.axes, self.plan)
 
     def full(self, name: str) -> torch.Tensor:
-        """Returns a parameter in full size with rewrites applied, fp32."""
+        """Returns a parameter in full size with rewrites applied, fp32.
+
+        One that becomes two is their product; either of those has a name of its own.
+        """
         found = self.rewrites.get(name)
-        return self.origin.read(name) if found is None else found.float()
+        if found is not None:
+            return found.float()
+        split = self.selection.splits.get(name)
+        if split is None:
+            return self.origin.read(name)
+        return Product(self.rewrites[split.rows.name], self.rewrites[split.columns.name]).whole
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Returns the element type that a parameter of `program` is stored in."""
+        return self.origin.dtype(self.selection.source(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns a parameter of `program`, fp32."""
@@ -171,7 +184,7 @@ class Pruned:
             return lower(self.program, lambda name: self.tensor(name).clone())
         from surgeon.emit.in_memory import in_memory
 
-        return in_memory(self.emission, self.selection, self.full, self.origin.dtype)
+        return in_memory(self.emission, self.selection, self.full, self.dtype)
 
     @cached_property
     def masked(self) -> nn.Module:
@@ -202,8 +215,8 @@ class Pruned:
         inputs = v.probes(vocab, tokenizer, positions=positions)
         forward = v.transformers_forward(wide)
         found = v.check(forward, masked_model, inputs, self.axes, self.plan)
-        if any(self.origin.dtype(n) != torch.float32 for n in self.emission.names):
-            stored = in_memory(self.emission, self.selection, self.full, self.origin.dtype)
+        if any(self.dtype(n) != torch.float32 for n in self.emission.names):
+            stored = in_memory(self.emission, self.selection, self.full, self.dtype)
             rounded = v.transformers_forward(stored.float())
             cast = max(d.largest for d in v.differences(rounded, forward, inputs))
             found = replace(found, cast=cast)
@@ -256,11 +269,14 @@ def report_of(
     after = operate(origin.axes, plan)
     decoder = decoder_params(origin.axes)
     every = [p.name for p in origin.program.params if p.kind == "parameter"]
+    selection = Selection(origin.axes, plan)
     parameters = {
-        label: {"before": count(origin.program, names), "after": count(after, names)}
+        label: {
+            "before": count(origin.program, names),
+            "after": count(after, (part for name in names for part in selection.parts(name))),
+        }
         for label, names in (("decoder", decoder), ("total", every))
     }
-    selection = Selection(origin.axes, plan)
     gone = 1 - parameters["decoder"]["after"] / max(1, parameters["decoder"]["before"])
     sizes = [
         {

@@ -52,7 +52,7 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
     sizes = (
         dtype_of.itemsize * _elements(pruned.selection.shape(name))
         for name in emission.names
-        if (dtype_of := pruned.origin.dtype(name))
+        if (dtype_of := pruned.dtype(name))
     )
     start = time.perf_counter()
     with output_folder(path, overwrite=overwrite, need_bytes=sum(sizes)) as folder:
@@ -61,7 +61,7 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
             emission,
             pruned.selection,
             pruned.full,
-            pruned.origin.dtype,
+            pruned.dtype,
             tokenizer_files=source.tokenizer_files,
             tokenizer=source.tokenizer,
             generation_config=source.generation_config,
@@ -101,7 +101,7 @@ def _dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
     """The element type most weights have: what the configuration says."""
     weight: dict[torch.dtype, int] = {}
     for name in emission.names:
-        dtype = pruned.origin.dtype(name)
+        dtype = pruned.dtype(name)
         if dtype.is_floating_point:
             weight[dtype] = weight.get(dtype, 0) + _elements(pruned.selection.shape(name))
     return max(weight, key=lambda d: weight[d]) if weight else torch.float32
@@ -226,7 +226,7 @@ def verify_folder(
     inputs = v.probes(vocab, tokenizer, positions=positions_of(source))
     _same_bits(pruned, folder)
     loaded = load_transformers(folder, torch.float32, trust_remote_code=trust_remote_code)
-    half = [n for n in emission.names if pruned.origin.dtype(n) != torch.float32]
+    half = [n for n in emission.names if pruned.dtype(n) != torch.float32]
     if not half:
         found = v.check(v.transformers_forward(loaded), forward, inputs, pruned.axes, pruned.plan)
         return replace(found, rounded=True)
@@ -243,7 +243,7 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
     stored = SafetensorsWeights(folder)
     emission = pruned.emission
     for old, new in emission.names.items():
-        want = hf.final(emission, pruned.selection, pruned.full, old, pruned.origin.dtype(old))
+        want = hf.final(emission, pruned.selection, pruned.full, old, pruned.dtype(old))
         same = new in stored and stored.dtype(new) == want.dtype
         if not same or not torch.equal(stored[new], want):
             raise SurgeonError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from surgeon.axes import Axes
-from surgeon.axes.consumers import contractions
+from surgeon.axes.contractions import contractions
 
 
 class Drawn:

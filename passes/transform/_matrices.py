@@ -42,6 +42,11 @@ class Matrix:
         return self.selection.kept(self.param)[self.dim]
 
     @property
+    def outputs(self) -> Any:
+        """The numbers of a map's outputs that are left, or None for all of them."""
+        return self.selection.kept(self.param)[0 if self.kernel else 1 - self.dim]
+
+    @property
     def separable(self) -> bool:
         """Whether every row has the same inputs left."""
         return self.selection.separable(self.param)
@@ -87,8 +92,8 @@ class Matrix:
 def matrices(context: Context) -> tuple[Matrix, ...]:
     """Returns the weights of maps and convolutions that may change, in the program's order.
 
-    An embedding's table stays what it is, and so does the map to the logits of a language model,
-    whether it is that table or not.
+    An embedding's table stays what it is, and so do the map to the logits of a language model,
+    whether it is that table or not, and maps that are products of two by now.
 
     Raises:
         SurgeonError: `bad-option` where there are none.
@@ -109,7 +114,7 @@ def matrices(context: Context) -> tuple[Matrix, ...]:
     for param, (dim, kernel, made) in found.items():
         elsewhere = len(program.readers[param]) != uses.count(param)
         head = bool(words) and made in program.outputs
-        if elsewhere or head or param in tables or param in gone:
+        if elsewhere or head or param in tables or param in gone or param in context.factored:
             continue
         if budget.counted and param not in budget.counted:
             continue

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import prod
 from typing import cast
 
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import ATTENTION
-from surgeon.axes.plan import Plan
+from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import Expr, Extent, Factor, Sum, leaves
 from surgeon.ir.program import Arg, Op, ParamRef, Ref, Size, op_refs
 from surgeon.ops.linear import spelled_attention
@@ -55,6 +56,10 @@ class Cost:
 
     def __sub__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def times(self, part: int, whole: int) -> Cost:
+        """Returns part / whole of all figures, which `whole` divides."""
+        return Cost(*(getattr(self, f.name) * part // whole for f in fields(self)))
 
     def to_json(self) -> dict[str, int]:
         """Returns the figures by name."""
@@ -152,9 +157,24 @@ class Costs:
     def _after(self, plan: Plan) -> Iterator[tuple[str, Cost]]:
         smaller = {self.axes.number[c.axis]: c.count for c in plan.cuts}
         gone_params, gone_ops = self._gone(plan)
+        parts = self._parts(plan)
         for term in self._terms:
             if term.param not in gone_params and term.op not in gone_ops:
-                yield term.path, self._value(term, smaller)
+                whole, kept = parts.get(term.param or term.op, (1, 1))
+                yield term.path, self._value(term, smaller).times(kept, whole)
+
+    def _parts(self, plan: Plan) -> dict[str | int, tuple[int, int]]:
+        """Returns the elements as one and as two of what the plan makes two.
+
+        They are found by parameter, and by operation that it is used in.
+        """
+        selection = Selection(self.axes, plan)
+        out: dict[str | int, tuple[int, int]] = {}
+        for name in selection.splits:
+            kept = sum(prod(selection.shape(part)) for part in selection.parts(name))
+            out[name] = (prod(selection.shape(name)), kept)
+            out |= dict.fromkeys(self.axes.program.readers.get(name, ()), out[name])
+        return out
 
     def channel(self, axis: Axis) -> Cost:
         """Returns what goes when one index of an axis goes, in every place that carries it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from surgeon.axes.axes import Axes, Axis, Reason
 from surgeon.axes.space import Expr, Sum, leaves
 from surgeon.errors import Code, SurgeonError, near
+
+if TYPE_CHECKING:
+    from surgeon.axes.factors import Half, Split
 
 Indices = NDArray[np.int64]
 VERSION = 1
@@ -67,6 +70,8 @@ class Plan:
             beside the plan.
         renumbered: names of cut axes over token ids: the model is fed, and read, in new numbers,
             which count the kept indices. Otherwise such an axis can't be cut.
+        factors: ranks by parameter, of those that become two; their tensors are among the rewrites
+            (`surgeon.axes.factors`).
     """
 
     cuts: tuple[Cut, ...] = ()
@@ -74,6 +79,7 @@ class Plan:
     source: tuple[tuple[str, str], ...] = ()
     rewrites: tuple[str, ...] = field(default=())
     renumbered: tuple[str, ...] = ()
+    factors: tuple[tuple[str, int], ...] = field(default=())
 
     @cached_property
     def by_axis(self) -> Mapping[str, Cut]:
@@ -83,7 +89,7 @@ class Plan:
     @property
     def empty(self) -> bool:
         """Whether nothing is removed or rewritten."""
-        return not (self.cuts or self.branches or self.rewrites)
+        return not (self.cuts or self.branches or self.rewrites or self.factors)
 
     def to_json(self) -> str:
         """Returns the plan as JSON text, one cut a line; `from_json(to_json(p)) == p`."""
@@ -93,6 +99,7 @@ class Plan:
             "branches": list(self.branches),
             "rewrites": list(self.rewrites),
             **({"renumbered": list(self.renumbered)} if self.renumbered else {}),
+            **({"factors": dict(self.factors)} if self.factors else {}),
         }
         fields = [
             f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()
@@ -128,6 +135,7 @@ class Plan:
                 tuple(sorted((str(k), str(v)) for k, v in data["source"].items())),
                 tuple(data["rewrites"]),
                 tuple(str(name) for name in data.get("renumbered", ())),
+                tuple(sorted((str(k), index(v)) for k, v in data.get("factors", {}).items())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SurgeonError(
@@ -152,13 +160,12 @@ def check(axes: Axes, plan: Plan) -> Plan:
         SurgeonError: `plan-mismatch` (names or sizes differ), `pinned`, `empty-axis` or
             `bad-plan` (indices out of order or range, or not rectangular).
     """
+    from surgeon.axes.factors import check_factors
+
     known = {b.name for b in axes.branches}
     for name in plan.branches:
         if name not in known:
             raise _mismatch(name, "the model has no such branch", near(name, known or {"none"}))
-    for name in plan.rewrites:
-        if name not in axes.program.param:
-            raise _mismatch(name, "the model has no such parameter", near(name, axes.program.param))
     for name in plan.renumbered:
         if name not in plan.by_axis:
             raise _mismatch(name, "the plan renumbers an axis that it doesn't cut", "cut it too")
@@ -183,6 +190,11 @@ def check(axes: Axes, plan: Plan) -> Plan:
                 data={"axis": c.axis, "pins": [r.why for r in pins]},
             )
         _check_cut(axes, axis, c)
+    check_factors(axes, plan)
+    own = {*axes.program.param, *Selection(axes, plan).halves}
+    for name in plan.rewrites:
+        if name not in own:
+            raise _mismatch(name, "the model has no such parameter", near(name, own))
     return plan
 
 
@@ -245,6 +257,30 @@ class Selection:
         self.axes, self.plan = axes, plan
         self.cuts: dict[int, Cut] = {axes.number[c.axis]: c for c in plan.cuts}
 
+    @cached_property
+    def splits(self) -> Mapping[str, Split]:
+        """What each parameter with a rank becomes."""
+        if not self.plan.factors:
+            return {}
+        from surgeon.axes.factors import splits
+
+        return splits(self.axes.program, dict(self.plan.factors))
+
+    @cached_property
+    def halves(self) -> Mapping[str, Half]:
+        """The parameters that those become, by their names."""
+        return {half.name: half for s in self.splits.values() for half in (s.down, s.up)}
+
+    def parts(self, param: str) -> tuple[str, ...]:
+        """Returns the names that stand for a parameter after the plan: its own, or two."""
+        split = self.splits.get(param)
+        return (param,) if split is None else (split.down.name, split.up.name)
+
+    def source(self, param: str) -> str:
+        """Returns the parameter before the plan that one after it comes from."""
+        half = self.halves.get(param)
+        return param if half is None else half.param
+
     def size(self, axis: int) -> int | str:
         """Returns how many indices of an axis are left."""
         found = self.cuts.get(axis)
@@ -279,17 +315,28 @@ class Selection:
         return total
 
     def shape(self, param: str) -> tuple[int, ...]:
-        """Returns the new shape of a parameter."""
+        """Returns the new shape of a parameter; one that becomes two has them by their names."""
+        half = self.halves.get(param)
+        if half is not None:
+            return half.sized(self.width(self.axes.param_dims(half.param)[half.dim]))
         return tuple(self.width(expr) for expr in self.axes.param_dims(param))
 
     def kept(self, param: str) -> list[Indices | None]:
         """Returns for each dimension of a parameter the kept indices, or None for all of them."""
+        half = self.halves.get(param)
+        if half is not None:
+            own = self.kept(half.param)[half.dim]
+            return [own, None] if half.dim == 0 else [None, own]
         dims = self.axes.param_dims(param)
         return [self.indices(e) if self.touches(e) else None for e in dims]
 
+    def cuts_into(self, param: str) -> bool:
+        """Whether a parameter loses rows or columns."""
+        return any(self.touches(e) for e in self.axes.param_dims(self.source(param)))
+
     def separable(self, param: str) -> bool:
         """Whether the kept indices of each dimension do not depend on another dimension."""
-        for expr in self.axes.param_dims(param):
+        for expr in self.axes.param_dims(self.source(param)):
             own = set(leaves(expr))
             for atom in own:
                 c = self.cuts.get(atom)
@@ -348,7 +395,7 @@ def counts(axes: Axes, plan: Plan, names: Iterable[str]) -> tuple[int, int]:
         shape = axes.program.param[name].type.shape
         before += prod(s for s in shape if isinstance(s, int))
         if name not in gone:
-            after += prod(selection.shape(name))
+            after += sum(prod(selection.shape(part)) for part in selection.parts(name))
     return before, after
 
 
@@ -375,6 +422,7 @@ def merged(plans: Iterable[Plan]) -> Plan:
     branches: dict[str, None] = {}
     rewrites: dict[str, None] = {}
     renumbered: dict[str, None] = {}
+    factors: dict[str, int] = {}
     out = Plan()
     for plan in plans:
         for c in plan.cuts:
@@ -390,6 +438,7 @@ def merged(plans: Iterable[Plan]) -> Plan:
         branches.update(dict.fromkeys(plan.branches))
         rewrites.update(dict.fromkeys(plan.rewrites))
         renumbered.update(dict.fromkeys(plan.renumbered))
+        factors.update(plan.factors)
         out = replace(out, source=plan.source or out.source)
     return replace(
         out,
@@ -397,4 +446,5 @@ def merged(plans: Iterable[Plan]) -> Plan:
         branches=tuple(branches),
         rewrites=tuple(rewrites),
         renumbered=tuple(renumbered),
+        factors=tuple(factors.items()),
     )

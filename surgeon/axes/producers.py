@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.axes.channels import along
-from surgeon.axes.consumers import Contraction, contractions, together
+from surgeon.axes.consumers import together
+from surgeon.axes.contractions import Contraction, contractions
 from surgeon.ir.program import ParamRef, Ref, op_refs
 
 EMBEDDING = "aten.embedding.default"

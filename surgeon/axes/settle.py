@@ -9,6 +9,7 @@ from itertools import takewhile
 from surgeon.axes.analysis import Facts, MaskFlow, derive, extent_number, key
 from surgeon.axes.axes import Axes, Axis, Member, Reason
 from surgeon.axes.branches import Branch, find_branches
+from surgeon.axes.contractions import contractions
 from surgeon.axes.space import Expr, Sum, leaves, occurrences
 from surgeon.ir.program import Program, Ref, op_refs
 from surgeon.ops.rule import Gauge, OpRule
@@ -17,7 +18,18 @@ MIXING = ("contract", "normalise", "index", "scan")
 """Uses that bring together what belongs to different indices of an axis."""
 TOGETHER = ("aten.mean.dim", "aten.sum.dim_IntList")
 """Operations that mix several dimensions as if they were one."""
-ROLE_ORDER = ("positions", "hidden", "vocab", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn")
+ROLE_ORDER = (
+    "positions",
+    "hidden",
+    "vocab",
+    "kv_heads",
+    "q_per_kv",
+    "rotary",
+    "qk",
+    "v",
+    "ffn",
+    "rank",
+)
 
 
 def analyse(program: Program, table: dict[str, OpRule] | None = None) -> Axes:
@@ -241,24 +253,32 @@ class _Settler:
             for atom in leaves(self.dims["%" + name][-1] if self.dims.get("%" + name) else ()):
                 found.setdefault(atom, set()).add("vocab")
         hidden = {a for a, roles in found.items() if "hidden" in roles}
-        for atom in self._channels(hidden):
-            found.setdefault(atom, set()).add("ffn")
+        channels, ranks = self._channels(hidden)
+        for atoms, role in ((channels, "ffn"), (ranks, "rank")):
+            for atom in atoms:
+                found.setdefault(atom, set()).add(role)
         return {atom: next(r for r in ROLE_ORDER if r in roles) for atom, roles in found.items()}
 
-    def _channels(self, hidden: set[int]) -> set[int]:
-        """Axes that one linear map makes, maps change, and another contracts into the residual."""
+    def _channels(self, hidden: set[int]) -> tuple[set[int], set[int]]:
+        """Axes that one linear map makes, maps change, and another contracts into the residual.
+
+        Then those that one linear map makes and another contracts as it is: ranks of products.
+        """
         kinds: dict[int, set[str]] = {}
-        into: set[int] = set()
+        into: dict[int, set[int]] = {}
         for use in self.facts.uses:
             for atom in leaves(self.resolved(use.expr)):
                 kinds.setdefault(atom, set()).add(use.kind)
                 if use.kind == "contract":
                     op = self.program.ops[use.op]
                     out = self.dims["%" + op.outputs[0]]
-                    if out and hidden & set(leaves(out[-1])):
-                        into.add(atom)
-        return {
-            atom
-            for atom in into - hidden
-            if {"produce", "contract"} <= kinds[atom] <= {"produce", "contract", "map"}
-        }
+                    into.setdefault(atom, set()).update(leaves(out[-1]) if out else ())
+        products = contractions(self.program)
+        made = {found.out for found in products}
+        between = (found.value for found in products if found.value in made)
+        ranks = {a for value in between for a in leaves(self.dims["%" + value][-1])} - hidden
+        # Through a product the residual is reached as well.
+        reach = hidden | {a for a in ranks if into.get(a, set()) & hidden}
+        ends = {"produce", "contract"}
+        channels = {a for a, to in into.items() if to & reach} - hidden - ranks
+        return {a for a in channels if ends <= kinds[a] <= {*ends, "map"}}, ranks

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from surgeon.axes.axes import Axes
+from surgeon.axes.factors import factored
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import Expr, Extent, Sum
 from surgeon.ir.program import (
@@ -98,7 +99,7 @@ def operate(axes: Axes, plan: Plan) -> Program:
     """Returns the program after the plan: what back ends emit.
 
     Averages over removed channels are scaled by kept/all, so that they stay what they were with
-    the channels masked.
+    the channels masked. A map with a rank is two.
     """
     selection = Selection(axes, plan)
     left = without_branches(axes, plan.branches) if plan.branches else axes.program
@@ -139,7 +140,8 @@ def operate(axes: Axes, plan: Plan) -> Program:
     outputs = tuple(
         found.name if isinstance(found := same.get(name), Ref) else name for name in left.outputs
     )
-    return replace(left, ops=tuple(ops), params=params, outputs=outputs)
+    whole = replace(left, ops=tuple(ops), params=params, outputs=outputs)
+    return factored(whole, selection)
 
 
 def share_of(axes: Axes, selection: Selection, index: int, op: Op) -> float:

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from surgeon.axes.axes import Axes
-from surgeon.axes.consumers import Contraction, contractions
+from surgeon.axes.contractions import Contraction, contractions
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.surgery import operate
 from surgeon.calibrate.running import Get, Machine, Running

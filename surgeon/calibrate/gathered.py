@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from surgeon.axes.axes import Axes
-from surgeon.axes.consumers import Contraction, consumers, contractions
+from surgeon.axes.consumers import consumers
+from surgeon.axes.contractions import Contraction, contractions
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.calibrate.data import Windows
 from surgeon.calibrate.distil import Schedule, distilled, streams_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.axes.consumers import Contraction, contractions
+from surgeon.axes.contractions import Contraction, contractions
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
 from surgeon.calibrate.states import States, by_window, scratch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgeon.axes.consumers import contractions
+from surgeon.axes.contractions import contractions
 from surgeon.calibrate.moments import Moments
 from surgeon.calibrate.running import TOKENS, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments

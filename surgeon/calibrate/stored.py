@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from surgeon.axes.consumers import contractions
+from surgeon.axes.contractions import contractions
 from surgeon.axes.plan import Plan
 from surgeon.calibrate.gathered import WIDEST, Gathered
 from surgeon.calibrate.gradients import Fisher, Gradients

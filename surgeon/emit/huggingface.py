@@ -30,6 +30,7 @@ from surgeon.emit.hf_config import (
     stock,
 )
 from surgeon.emit.layers import LayerShape, layer_shapes
+from surgeon.emit.products import TWO_MAPS, ranked
 from surgeon.emit.scales import Refused, Scale, folded_scales, table_ratios
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Arg, ParamRef, Ref
@@ -80,7 +81,7 @@ def _hidden(axes: Axes, selection: Selection) -> int:
 
 def _renamed(axes: Axes, plan: Plan, kept: tuple[LayerShape, ...]) -> dict[str, str]:
     """Returns the new name of every stored parameter that is left, layers numbered anew."""
-    gone = dropped(axes, plan)
+    gone, selection = dropped(axes, plan), Selection(axes, plan)
     out: dict[str, str] = {}
     place: dict[str, str] = {}
     for number, layer in enumerate(kept):
@@ -92,12 +93,11 @@ def _renamed(axes: Axes, plan: Plan, kept: tuple[LayerShape, ...]) -> dict[str, 
             continue
         if any(p.name.startswith(layer + ".") for layer in lost):
             continue
-        name = p.name
-        for old, new in place.items():
-            if name.startswith(old + "."):
-                name = new + name[len(old) :]
-                break
-        out[p.name] = name
+        old, new = next(
+            ((old, new) for old, new in place.items() if p.name.startswith(old + ".")), ("", "")
+        )
+        for name in selection.parts(p.name):
+            out[name] = new + name[len(old) :]
     return out
 
 
@@ -131,7 +131,7 @@ def choose(
     except Refused as refused:
         raise _refusal([str(refused)], config) from refused
     names = _renamed(axes, plan, kept)
-    differ = _differences(kept)
+    differ = _differences(kept, len(set(selection.splits) - dropped(axes, plan)))
     if not differ:
         for label, make in stock(config, model_class, shape):
             try:
@@ -142,12 +142,17 @@ def choose(
         reasons.append(f"{model_class.__name__}: {differ}")
     if family(config) in PER_LAYER_FAMILIES and not any(s.spelled for s in kept):
         return _packaged(axes, selection, shape, names, config, differ, reasons)
-    reasons.append(f"no per-layer modelling file for {family(config)}")
+    reasons.append(_no_file(config))
     raise _refusal(reasons, config)
 
 
-def _differences(layers: tuple[LayerShape, ...]) -> str:
-    """Returns what keeps one configuration from describing every layer; empty if nothing does."""
+def _differences(layers: tuple[LayerShape, ...], products: int) -> str:
+    """Returns what keeps a class from describing every layer; empty if nothing does.
+
+    Args:
+        layers: their shapes.
+        products: how many maps are two.
+    """
     found: list[str] = []
     for what in ("attention", "mlp"):
         if any(not getattr(s, what) for s in layers):
@@ -155,7 +160,23 @@ def _differences(layers: tuple[LayerShape, ...]) -> str:
     both = [s.widths for s in layers if s.attention and s.mlp]
     if len(set(both)) > 1:
         found.insert(0, "its layers differ in width")
+    if products:
+        found.append(f"{TWO_MAPS} ({products} times)")
     return " and ".join(found)
+
+
+def check_factors(config: Any, model_class: type) -> None:
+    """Sees to it that a model's checkpoint may have two maps in place of one.
+
+    Raises:
+        SurgeonError: `target-refused` where neither its class nor the modelling file has them.
+    """
+    if family(config) not in PER_LAYER_FAMILIES:
+        raise _refusal([f"{model_class.__name__}: {TWO_MAPS}", _no_file(config)], config)
+
+
+def _no_file(config: Any) -> str:
+    return f"no per-layer modelling file for {family(config)}"
 
 
 def _refusal(reasons: list[str], config: Any) -> SurgeonError:
@@ -330,10 +351,15 @@ def _packaged(
         qk_norm_mean_scale=max(norms["qk"], default=1.0)
         * (earlier.qk_norm_mean_scale if earlier else 1.0),
     )
+    names, ranks = ranked(selection, names)
+    if ranks:
+        data["ranks"] = ranks
     data["architectures"] = ["SurgeonPrunedForCausalLM"]
     data["auto_map"] = AUTO_MAP
     data["model_type"] = PACKAGED
     why = [differ] if differ else []
+    if ranks and not selection.splits:
+        why.append(TWO_MAPS)
     if data["rotary_pairs"] is not None:
         why.append("rotary pairs are missing")
     if any(s.attention and s.qk != s.v for s in shape.layers):

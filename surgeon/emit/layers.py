@@ -58,9 +58,15 @@ def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, objec
     if branch.kind == "attention":
         return {"spelled": True}
     # The width is read off the last projection, so that it is found where it is 1 and no axis.
+    made = {op.outputs[0]: op for op in ops if op.target in _PROJECTIONS}
     for op in reversed(ops):
-        if op.target in _PROJECTIONS:
-            return {"ffn": selection.width(axes.dims[_key(op, _PROJECTIONS[op.target])][-1])}
+        if op.target not in _PROJECTIONS:
+            continue
+        key = _key(op, _PROJECTIONS[op.target])
+        while key[1:] in made:  # a projection of what one makes: both are one map, of low rank
+            op = made[key[1:]]
+            key = _key(op, _PROJECTIONS[op.target])
+        return {"ffn": selection.width(axes.dims[key][-1])}
     return {}
 
 

@@ -61,6 +61,7 @@ class SurgeonPrunedConfig(PretrainedConfig):
         qk_norm_mean_scale: The same for the query and key norms: kept / all channels of a head.
         layer_types: For each layer, "full_attention" or "sliding_attention".
         sliding_window: The window of the sliding layers.
+        ranks: By module, such as "model.layers.0.mlp.up_proj", the rank of a map that is two.
     """
 
     model_type = "surgeon_pruned"
@@ -91,6 +92,7 @@ class SurgeonPrunedConfig(PretrainedConfig):
     qk_norm: bool = False
     norm_mean_scale: float = 1.0
     qk_norm_mean_scale: float = 1.0
+    ranks: dict | None = None
     hidden_act: str = "silu"
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -164,6 +166,8 @@ class SurgeonPrunedConfig(PretrainedConfig):
         pairs = every if self.rotary_pairs is None else self.rotary_pairs
         if pairs != sorted(set(pairs) & set(every)):
             yield f"rotary_pairs must ascend within the {len(every)} pairs of rotary_dim"
+        if any(type(rank) is not int or rank < 1 for rank in (self.ranks or {}).values()):
+            yield "ranks must be numbers above 0"
         for index, layer in enumerate(self.layers):
             if unknown := set(getattr(layer, "skip", [])) - BRANCHES:
                 yield f"layer {index} skips {sorted(unknown)}, not one of {sorted(BRANCHES)}"
@@ -178,6 +182,29 @@ class SurgeonPrunedConfig(PretrainedConfig):
 def has(branch: str, layer: PretrainedConfig) -> bool:
     """Tells whether a layer, given by its own configuration, has a branch."""
     return branch not in getattr(layer, "skip", [])
+
+
+class SurgeonPrunedProduct(nn.Module):
+    """Two linear maps, one after the other, in place of one of higher rank."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.down = nn.Linear(linear.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, linear.out_features, bias=linear.bias is not None)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(hidden_states))
+
+
+def factor(model: nn.Module, config: SurgeonPrunedConfig, prefix: str = "") -> None:
+    """Puts products in place of those maps of a model, called `prefix`, that have a rank."""
+    for path, rank in (config.ranks or {}).items():
+        parent, _, name = path.removeprefix(prefix).rpartition(".")
+        if path.startswith(prefix):
+            module = model.get_submodule(parent)
+            linear = getattr(module, name)
+            if isinstance(linear, nn.Linear):  # those within the decoder are products already
+                setattr(module, name, SurgeonPrunedProduct(linear, rank))
 
 
 class SurgeonPrunedRMSNorm(nn.Module):
@@ -343,6 +370,7 @@ class SurgeonPrunedModel(SurgeonPrunedPreTrainedModel):
         self.mask_types = sorted({types[index] for index in slots})
         self.norm = SurgeonPrunedRMSNorm(size, config.rms_norm_eps, config.norm_mean_scale)
         self.rotary_emb = SurgeonPrunedRotaryEmbedding(config)
+        factor(self, config, "model.")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -389,6 +417,7 @@ class SurgeonPrunedForCausalLM(SurgeonPrunedPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SurgeonPrunedModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        factor(self, config)
         self.post_init()
 
     def _get_static_cache_init_shape(self):

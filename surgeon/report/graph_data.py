@@ -51,7 +51,8 @@ def removed_shares(axes: Axes, plan: Plan | None) -> tuple[dict[str, float], dic
     params: dict[str, float] = {}
     for p in axes.program.params:
         before = elements(p.type.shape)
-        after = 0 if p.name in gone else elements(selection.shape(p.name))
+        left = () if p.name in gone else selection.parts(p.name)
+        after = sum(elements(selection.shape(part)) for part in left)
         params[p.name] = 1 - after / before if before else 0.0
     shares: dict[str, float] = {}
     for axis in axes.axes:

@@ -20,8 +20,11 @@ def rewritten(get: Get, rewrites: Mapping[str, torch.Tensor]) -> Get:
 
 
 def removed(selection: Selection, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns what is left of a parameter: rows and columns of kept indices, contiguous."""
-    if not any(selection.touches(e) for e in selection.axes.param_dims(name)):
+    """Returns what is left of a parameter: rows and columns of kept indices, contiguous.
+
+    Of one that becomes two, it returns what is left of either.
+    """
+    if not selection.cuts_into(name):
         return tensor
     if not selection.separable(name):
         flat = torch.from_numpy(selection.flat(name))

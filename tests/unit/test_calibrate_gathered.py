@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from surgeon.axes.consumers import consumers, contractions
+from surgeon.axes.consumers import consumers
+from surgeon.axes.contractions import contractions
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.calibrate import gathered as module
 from surgeon.calibrate.data import Windows

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.axes.consumers import contractions
+from surgeon.axes.contractions import contractions
 from surgeon.calibrate import gradients
 from surgeon.calibrate.data import Windows
 from surgeon.calibrate.gathered import Gathered

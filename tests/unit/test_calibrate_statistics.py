@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.axes.consumers import contractions
+from surgeon.axes.contractions import contractions
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.statistics import observe
 from surgeon.errors import SurgeonError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgeon.axes.consumers import contractions
+from surgeon.axes.contractions import contractions
 from surgeon.axes.plan import Plan
 from surgeon.calibrate.data import Windows
 from surgeon.calibrate.gathered import Gathered
