@@ -50,6 +50,14 @@ def recover(
     training = build("compensate", PASS, options)
     assert isinstance(training, CompensatePass)
     before = pruned if isinstance(pruned, Pruned) else _read(pruned, source, trust_remote_code)
+    if before.plan.factors:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{before.plan.factors[0][0]} can't be trained",
+            at=before.plan.factors[0][0],
+            why="it is a product of two maps, whose plan holds both and not the map",
+            try_="train first: compensate recover, then transform low_rank, in one recipe",
+        )
     origin, report, start = before.origin, before.report, time.perf_counter()
     notes: list[str] = []
     train = Ground(origin).training(
@@ -63,7 +71,7 @@ def recover(
     label = f"compensate/{PASS}"
     made = check_tensors(origin.axes, label, training.compensate(context, plan))
     seconds = time.perf_counter() - start
-    effect = {**of_tensors(made), **context.facts}
+    effect = {**of_tensors(made, origin.axes, plan), **context.facts}
     result = PassResult("compensate", PASS, options_of(training), seconds, effect, tuple(notes))
     after = replace(
         before,

@@ -68,7 +68,8 @@ class Hooks:
         self.train(small.model, number)
         learnt = check_tensors(origin.axes, "train_fn", small.learnt())
         seconds = time.perf_counter() - start
-        record = PassResult("train", "", {"round": number}, seconds, of_tensors(learnt))
+        effect = of_tensors(learnt, origin.axes, state.plan)
+        record = PassResult("train", "", {"round": number}, seconds, effect)
         return replace(state, rewrites={**state.rewrites, **learnt}), record
 
 

@@ -230,6 +230,13 @@ def test_recovery_refuses_what_it_cannot_do(folders: dict[str, Path], tmp_path: 
     refused(run(folders["pruned"], "-o", out, *data, *moved), "not-a-model", "gone")
 
 
+def test_a_product_of_two_maps_is_not_trained() -> None:
+    told = {"version": 1, "passes": [{"transform": "low_rank", "rank": 8, "by": "weights"}]}
+    pruned = surgeon.prune(models.build("Llama"), recipe=told, verify=False)
+    with pytest.raises(surgeon.SurgeonError, match="product of two maps"):
+        surgeon.recover(pruned, steps=1)
+
+
 def test_two_processes_learn_what_one_learns(folders: dict[str, Path], tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     given = [*OPTIONS, "--data", folders["text"], "--no-verify"]
