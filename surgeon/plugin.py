@@ -25,6 +25,7 @@ from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, dropped, merged
 from surgeon.axes.producers import Producer, ending, producers
 from surgeon.axes.scales import Scale, limit, scales
 from surgeon.axes.surgery import operate
+from surgeon.emit.lowbit.grid import group_for, levels_of, step_of
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Arg, Op, ParamRef, Program, Ref, Size
 from surgeon.ops.rule import (
@@ -91,6 +92,8 @@ __all__ = [
     "cut",
     "dropped",
     "ending",
+    "group_for",
+    "levels_of",
     "limit",
     "merged",
     "occurrences",
@@ -98,6 +101,7 @@ __all__ = [
     "producers",
     "rule",
     "scales",
+    "step_of",
     "vanishing",
     "wherever",
 ]

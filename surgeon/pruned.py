@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
+    from surgeon.emit.lowbit.scheme import Scheme
     from surgeon.report.verify import Verification
+    from surgeon.saving import Measuring
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Report:
 
     `recipe` tells of each pass: what it is called, its options, seconds, effect and notes.
     `as_recipe` is what a recipe's file would say, every option spelled out; it gives the same plan.
+    `quantize` tells, where weights are stored in fewer bits, how, and of each step its bytes on disk
+    and in memory, and its perplexity where a text was given.
     """
 
     source: Mapping[str, str]
@@ -49,6 +53,7 @@ class Report:
     target: Mapping[str, Any] = field(default_factory=dict[str, Any])
     verification: Mapping[str, Any] | None = None
     as_recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    quantize: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Returns the report as JSON text."""
@@ -64,6 +69,7 @@ class Pruned:
     report: Report
     rewrites: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
     target: str = "transformers"
+    quantize: Scheme | None = None
 
     @property
     def is_graph(self) -> bool:
@@ -172,20 +178,39 @@ class Pruned:
             found = replace(found, cast=cast)
         return found
 
-    def save(self, path: str | Path, *, overwrite: bool = False, verify: bool = True) -> Report:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        verify: bool = True,
+        quantize: str | Mapping[str, Any] | Scheme | None = None,
+        measure: Measuring | None = None,
+    ) -> Report:
         """Writes the checkpoint, the plan and the report; nothing is there until all of it is.
 
         Args:
             path: a folder that doesn't exist yet, or is empty.
             overwrite: replace an earlier result.
             verify: compare with the masked reference first, and read back what was written.
+            quantize: store weights in fewer bits: `int8`, `w8` or `int4`, or the keys of a recipe's
+                section of that name; by default what the recipe says.
+            measure: a text that both steps are scored on.
 
         Raises:
             SurgeonError: `bad-output`, `disk-full`, `target-refused` or `verify-failed`.
         """
+        from surgeon.emit.lowbit.scheme import scheme_of
         from surgeon.saving import save
 
-        return save(self, Path(path), overwrite=overwrite, verify=verify)
+        return save(
+            self,
+            Path(path),
+            overwrite=overwrite,
+            verify=verify,
+            quantize=scheme_of(quantize) or self.quantize,
+            measure=measure,
+        )
 
 
 def _vocabulary(config: Any) -> int:

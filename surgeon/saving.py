@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgeon.axes.plan import Plan, dropped
-from surgeon.capture.configs import config_and_class, read_config
+from surgeon.capture.configs import config_and_class, quantised, read_config
 from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
+from surgeon.emit.lowbit.scheme import Scheme
 from surgeon.emit.target import find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
+from surgeon.report.evaluate import Text, perplexity, read_text
 from surgeon.report.page import report_page
 from surgeon.runtime.logits import positions_of
 
@@ -31,14 +34,50 @@ REPORT_FILE = "surgeon.json"
 PAGE_FILE = "report.html"
 
 
-def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
+@dataclass(frozen=True)
+class Measuring:
+    """A text that every step of a quantised result is scored on.
+
+    Attributes:
+        text: a file.
+        windows: scored at most.
+        window: tokens in a window.
+    """
+
+    text: Path
+    windows: int = 8
+    window: int = 1024
+
+
+def save(
+    pruned: Pruned,
+    path: Path,
+    *,
+    overwrite: bool,
+    verify: bool,
+    quantize: Scheme | None = None,
+    measure: Measuring | None = None,
+) -> Report:
     """Writes the result into the folder `path` and returns the completed report.
 
     Raises:
-        SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`.
+        SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`; what a
+            quantisation or a text is refused for.
     """
     if pruned.origin.tensors is None:
         raise no_weights(pruned.origin.id)
+    if quantize is not None:
+        return _save_quantised(
+            pruned, path, quantize, overwrite=overwrite, verify=verify, measure=measure
+        )
+    if measure is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "the text would not be looked at",
+            at=f"--measure-text {measure.text}",
+            why="it is what the steps of a quantised result are scored on, and there is one step",
+            try_="--quantize with it, or surgeon eval OUT --text FILE",
+        )
     if pruned.is_graph:
         return _save_graph(pruned, path, overwrite=overwrite, verify=verify)
     assert pruned.origin.source is not None
@@ -84,6 +123,129 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
         report = replace(report, seconds=seconds)
         _write_report(folder, pruned, report)
     return report
+
+
+def check_scheme(scheme: Scheme | None, target: str, id: str) -> None:
+    """Refuses a quantisation that can't be written, before any work is done.
+
+    Raises:
+        SurgeonError: `target-refused` for a graph, `missing-extra` without its library.
+    """
+    if scheme is None:
+        return
+    if target != "transformers":
+        raise SurgeonError(
+            Code.TARGET_REFUSED,
+            f"a result for {target} isn't quantised here",
+            at=id,
+            why="these schemes are of Transformers checkpoints; a graph's rounding and kernels "
+            "are ONNX Runtime's",
+            try_="surgeon prune first, then surgeon export OUT --to onnx --quantize int4",
+        )
+    scheme.need_library()
+
+
+def _save_quantised(
+    pruned: Pruned,
+    path: Path,
+    scheme: Scheme,
+    *,
+    overwrite: bool,
+    verify: bool,
+    measure: Measuring | None,
+) -> Report:
+    """Writes the result in fewer bits: the plan is verified in fp32, then its tensors rounded."""
+    from surgeon.emit.lowbit import write as low
+
+    check_scheme(scheme, "pt2" if pruned.is_graph else "transformers", pruned.origin.id)
+    source, own = pruned.origin.source, pruned.origin.dtype
+    assert source is not None
+    dtype = _dtype(pruned, pruned.emission)
+    emission = hf.with_dtype(pruned.emission, dtype)
+    text = None if measure is None else read_text(measure.text)
+    before = sum(
+        own(name).itemsize * _elements(pruned.selection.shape(name)) for name in emission.names
+    )
+    score = _scorer(pruned, text, measure)
+    seconds = dict(pruned.report.seconds)
+    start = time.perf_counter()
+    with output_folder(path, overwrite=overwrite, need_bytes=before) as folder:
+        chosen = low.write(
+            folder,
+            emission,
+            pruned.selection,
+            pruned.full,
+            own,
+            scheme,
+            tokenizer_files=source.tokenizer_files,
+            tokenizer=source.tokenizer,
+            generation_config=source.generation_config,
+        )
+        _write_plan(folder, pruned)
+        seconds["write"] = time.perf_counter() - start
+        start = time.perf_counter()
+        found: dict[str, Any] = {**scheme.to_data(), "library": scheme.library}
+        report = pruned.report
+        loaded = load_transformers(folder)
+        if verify:
+            report = replace(report, verification=pruned.verify(source.load_tokenizer()).to_json())
+            checked = low.check(folder, emission, pruned.selection, pruned.full, own)
+            found |= {
+                "weights": checked.weights,
+                "without_loss": checked.same,
+                "largest_step": checked.largest,
+                "logits": _moved(pruned, loaded),
+            }
+        seconds["verify"] = time.perf_counter() - start
+        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        pruned_step = {"name": "pruned", "bytes": before, "memory": before, **score(pruned.model)}
+        found["steps"] = [
+            {**pruned_step, "dtype": str(dtype).removeprefix("torch.")},
+            {"name": scheme.scheme, "bytes": size, **score(loaded), "memory": low.memory(loaded)},
+        ]
+        report = replace(
+            report,
+            notes=(*report.notes, *emission.notes, *chosen.notes),
+            target={
+                "name": "transformers",
+                "architecture": emission.architecture,
+                "remote_code": emission.candidate.remote,
+                "dtype": str(dtype).removeprefix("torch."),
+                "bytes": size,
+            },
+            quantize=found,
+            seconds=seconds,
+        )
+        _write_report(folder, pruned, report)
+    return report
+
+
+def _scorer(
+    pruned: Pruned, text: Text | None, measure: Measuring | None
+) -> Callable[[Any], dict[str, float]]:
+    """Returns what scores a model on the text: nothing without one."""
+    if text is None or measure is None:
+        return lambda _: {}
+    source = pruned.origin.source
+    tokenizer = source.load_tokenizer() if source else None
+
+    def score(model: Any) -> dict[str, float]:
+        windows = {"window": measure.window, "max_windows": measure.windows}
+        return {"perplexity": perplexity(model, tokenizer, text=text, **windows).perplexity}
+
+    return score
+
+
+def _moved(pruned: Pruned, loaded: Any) -> float:
+    """Returns the largest difference of logits from the masked reference's, of the largest."""
+    masked, source = pruned.masked, pruned.origin.source
+    vocab = int(getattr(source, "config").vocab_size)  # noqa: B009
+    inputs = v.probes(vocab, positions=positions_of(source))
+    forward = v.transformers_forward(loaded)
+    apart = v.differences(
+        lambda *args: forward(*args).float(), lambda *args: masked(*args), inputs
+    )
+    return max(d.largest for d in apart)
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -200,6 +362,13 @@ def verify_folder(
         SurgeonError: `verify-failed`.
     """
     emission, selection = pruned.emission, pruned.selection
+    if quantised(read_config(folder / "config.json")) is not None:
+        from surgeon.emit.lowbit.write import check
+
+        found = pruned.verify(tokenizer)
+        check(folder, emission, selection, pruned.full, pruned.origin.dtype)
+        loaded = load_transformers(folder, trust_remote_code=trust_remote_code)
+        return replace(found, cast=_moved(pruned, loaded))
     masked = v.reference(pruned.axes, pruned.plan, pruned.full)
 
     def forward(*args: torch.Tensor) -> torch.Tensor:
