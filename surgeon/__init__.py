@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from surgeon.axes import Axes, Axis
     from surgeon.axes.plan import Plan
     from surgeon.errors import Code, SurgeonError
+    from surgeon.exporting import quantize
     from surgeon.ir import Program
     from surgeon.pipeline import Model, Pruned, Report, capture, open_model, prune, verify
     from surgeon.viewing import analyse
@@ -35,6 +36,7 @@ _HOME = {
     "capture": "surgeon.pipeline",
     "open_model": "surgeon.pipeline",
     "prune": "surgeon.pipeline",
+    "quantize": "surgeon.exporting",
     "verify": "surgeon.pipeline",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "capture",
     "open_model",
     "prune",
+    "quantize",
     "verify",
 ]
 

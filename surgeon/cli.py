@@ -13,6 +13,7 @@ import typer
 from surgeon.commands import calibrate as command_calibrate
 from surgeon.commands import graph, latency, passes, see, values
 from surgeon.commands import prune as command_prune
+from surgeon.commands import quantize as command_quantize
 from surgeon.commands.arguments import (
     DeviceOption,
     JsonOption,
@@ -41,6 +42,7 @@ command_calibrate.add(app)
 app.command()(graph.graph)
 app.command()(passes.passes)
 app.command()(latency.latency)
+app.command()(command_quantize.quantize)
 
 
 @app.command()

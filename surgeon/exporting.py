@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.plan import Plan
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.pipeline import Model, open_model, prune, versions
+
+if TYPE_CHECKING:
+    from surgeon.emit.lowbit.scheme import Scheme
+    from surgeon.pruned import Report
+    from surgeon.saving import Measuring
 
 
 def load(
@@ -41,6 +46,10 @@ def load(
         session = open_session(model, device=device)
         return session, chosen or tokenizer_beside(session.path)
     on = choose_torch_device(device)
+    packed = _packed(model, trust_remote_code)
+    if packed is not None:
+        packed.to(on.name).device_note = on.note
+        return packed, chosen or tokenizer_beside(Path(model).expanduser() / "config.json")
     opened = open_model(model, trust_remote_code=trust_remote_code)
     loaded: Any = prune(opened, plan=Plan(), verify=False).model.float().to(on.name)
     loaded.device_note = on.note
@@ -73,6 +82,10 @@ def load_to_measure(
     on = choose_torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
+    packed = _packed(model, trust_remote_code)
+    if packed is not None:
+        packed.device_note = on.note
+        return packed.to(on.name)
     source = resolve(model, trust_remote_code=trust_remote_code)
     model_class: Any = source.model_class
     if source.folder is not None and source.weights is not None:
@@ -85,6 +98,62 @@ def load_to_measure(
         loaded.tie_weights()
     loaded.device_note = on.note
     return loaded.float().eval().to(on.name)
+
+
+def _packed(model: str, trust_remote_code: bool) -> Any:
+    """Returns the model of a quantised checkpoint folder, None where it is no such folder.
+
+    Raises:
+        SurgeonError: `missing-extra` without the library that reads it, `remote-code`.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    from surgeon.capture.configs import quantised, read_config
+    from surgeon.emit.lowbit.scheme import need_library
+    from surgeon.saving import load_transformers
+
+    how = quantised(read_config(folder / "config.json"))
+    if how is None or next(folder.glob("*.safetensors"), None) is None:
+        return None
+    need_library(how, str(folder))
+    return load_transformers(folder, trust_remote_code=trust_remote_code)
+
+
+def quantize(
+    source: Any,
+    path: str | Path,
+    scheme: str | Mapping[str, Any] | Scheme = "int8",
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    measure: Measuring | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Writes a model with its weights in fewer bits and returns what was written.
+
+    Args:
+        source: what `open_model` takes, such as a folder that a prune wrote.
+        path: a folder that doesn't exist yet, or is empty.
+        scheme: `int8`, `w8` or `int4`, or the keys of a recipe's section `quantize`.
+        overwrite: replace an earlier result.
+        verify: read back what was written, and compare.
+        measure: a text that the model is scored on, before and after.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+
+    Raises:
+        SurgeonError: `bad-option`, `bad-checkpoint` where it is quantised already,
+            `target-refused`, `bad-output`, `disk-full` or `verify-failed`.
+    """
+    from surgeon.emit.files import check_output
+    from surgeon.emit.lowbit.scheme import scheme_of
+
+    chosen = scheme_of(scheme)
+    check_output(path, overwrite=overwrite)
+    made = prune(
+        source, plan=Plan(), quantize=chosen, verify=False, trust_remote_code=trust_remote_code
+    )
+    return made.save(path, overwrite=overwrite, verify=verify, measure=measure)
 
 
 def where(model: Any) -> str:

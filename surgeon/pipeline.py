@@ -29,6 +29,7 @@ from surgeon.recipes import DEFAULT_RECIPE, load_recipe
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.calibrate.stored import Stored
+    from surgeon.emit.lowbit.scheme import Scheme
     from surgeon.recipes.schema import Recipe
     from surgeon.report.verify import Verification
 
@@ -79,6 +80,7 @@ def prune(
     trust_remote_code: bool = False,
     target: str | None = None,
     rounds: str | Path | None = None,
+    quantize: str | Mapping[str, Any] | Scheme | None = None,
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
@@ -124,6 +126,8 @@ def prune(
         target: `transformers`, or a graph target (`pt2`, `onnx`), which can express any plan.
         rounds: folder where finished rounds of a recipe's schedule are kept, from which a run after
             an interruption goes on.
+        quantize: how `save` stores the weights: `int8`, `w8`, `int4`, or the keys of a recipe's
+            section of that name.
 
     Raises:
         SurgeonError: with the reason, before anything is written.
@@ -133,8 +137,13 @@ def prune(
         "dynamic_shapes": dynamic_shapes,
         "trust_remote_code": trust_remote_code,
     }
+    from surgeon.emit.lowbit.scheme import scheme_of
+
+    scheme = scheme_of(quantize)
     if plan is not None:
-        return _replayed(source, opening, plan, rewrites, target or "transformers", verify)
+        to = target or "transformers"
+        found = _replayed(source, opening, plan, rewrites, to, verify, scheme)
+        return replace(found, quantize=scheme)
     from surgeon.recipes.changes import Changes, Named, calibration_of, two_sources
 
     if calibration is not None and statistics is not None:
@@ -171,6 +180,7 @@ def prune(
         target=target,
         seed=seed,
         model=str(source) if isinstance(source, str | Path) else None,
+        quantize={} if scheme is None else scheme.to_data(),
     )
     settled = changes.applied(load_recipe(DEFAULT_RECIPE if recipe is None else recipe))
     folder = None if rounds is None else Path(rounds)
@@ -196,8 +206,12 @@ def run(
         rounds: folder where finished rounds of a schedule are kept, and found by a run after.
         verify: compare with the masked reference now.
     """
+    from surgeon.emit.lowbit.scheme import scheme_of
+
     passes = Passes.of(recipe.passes)
     _check_asked(recipe, passes)
+    scheme = scheme_of(recipe.quantize.model_dump() if recipe.quantize else None)
+    _check_scheme(scheme, recipe.target, source)
     stored = None if calibration is not None else _stored_of(recipe)
     origin = _opened(source, opening)
     start = time.perf_counter()
@@ -209,7 +223,7 @@ def run(
         seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
         made = _result(origin, plan, tensors, recipe.target)
         report = report_of(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
-        return replace(made, report=replace(report, as_recipe=spelled))
+        return replace(made, report=replace(report, as_recipe=spelled), quantize=scheme)
 
     if recipe.schedule is not None:
         from surgeon.iterating import Keep, State, iterate
@@ -232,8 +246,10 @@ def _replayed(
     rewrites: Mapping[str, Any] | None,
     target: str,
     verify: bool,
+    scheme: Scheme | None,
 ) -> Pruned:
     """Returns what a plan makes of a source."""
+    _check_scheme(scheme, target, source)
     origin = _opened(source, opening)
     multiples_of(origin, target)  # refuses a target that there isn't
     start = time.perf_counter()
@@ -242,6 +258,14 @@ def _replayed(
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = report_of(origin, result.plan, entries, (), None, seconds)
     return _finished(replace(result, report=report), verify)
+
+
+def _check_scheme(scheme: Scheme | None, target: str, source: Any) -> None:
+    """Refuses a quantisation that can't be written, before any work is done."""
+    if scheme is not None:
+        from surgeon.saving import check_scheme
+
+        check_scheme(scheme, target, source if isinstance(source, str) else type(source).__name__)
 
 
 def _check_asked(recipe: Recipe, passes: Passes) -> None:

@@ -37,8 +37,8 @@ class Report:
 
     `recipe` tells of each pass: what it is called, its options, seconds, effect and notes.
     `as_recipe` is what a recipe's file would say, every option spelled out; it gives the same plan.
-    `quantize` tells, where weights are stored in fewer bits, how, and of each step its bytes on disk
-    and in memory, and its perplexity where a text was given.
+    `quantize` tells, where weights are stored in fewer bits, how, and of each step its bytes on
+    disk and in memory, and its perplexity where a text was given.
     """
 
     source: Mapping[str, str]

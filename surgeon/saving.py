@@ -214,6 +214,10 @@ def _save_quantised(
                 "bytes": size,
             },
             quantize=found,
+            # A scheme that was named when it was saved belongs to what makes the same again.
+            as_recipe={**report.as_recipe, "quantize": scheme.to_data()}
+            if report.as_recipe
+            else {},
             seconds=seconds,
         )
         _write_report(folder, pruned, report)
@@ -242,9 +246,7 @@ def _moved(pruned: Pruned, loaded: Any) -> float:
     vocab = int(getattr(source, "config").vocab_size)  # noqa: B009
     inputs = v.probes(vocab, positions=positions_of(source))
     forward = v.transformers_forward(loaded)
-    apart = v.differences(
-        lambda *args: forward(*args).float(), lambda *args: masked(*args), inputs
-    )
+    apart = v.differences(lambda *args: forward(*args).float(), lambda *args: masked(*args), inputs)
     return max(d.largest for d in apart)
 
 

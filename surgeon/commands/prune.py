@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.commands import values
-from surgeon.commands.arguments import JsonOption, ModelArg, RemoteOption
+from surgeon.commands.arguments import (
+    JsonOption,
+    MeasureTextOption,
+    MeasureWindowOption,
+    MeasureWindowsOption,
+    ModelArg,
+    QuantizeOption,
+    QuantizeOptionOption,
+    RemoteOption,
+)
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
     from surgeon.pruned import Pruned
     from surgeon.recipes.schema import Recipe
+    from surgeon.saving import Measuring
 
 OutOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="folder to write (new or empty)")
@@ -87,7 +97,13 @@ def _need_out(out: Path | None, dry_run: bool, overwrite: bool) -> None:
 
 
 def _done(
-    result: Pruned, out: Path | None, *, overwrite: bool, verify: bool, as_json: bool
+    result: Pruned,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    verify: bool,
+    as_json: bool,
+    measure: Measuring | None,
 ) -> None:
     """Writes a result, or nothing where there is no place for it, and shows what it is."""
     from surgeon.commands.printing import print_report
@@ -97,7 +113,7 @@ def _done(
         if not result.is_graph:
             report = replace(report, notes=(*report.notes, *result.emission.notes))
     else:
-        report = result.save(out, overwrite=overwrite, verify=verify)
+        report = result.save(out, overwrite=overwrite, verify=verify, measure=measure)
         if result.report.as_recipe.get("schedule") and _rounds(out).is_dir():
             shutil.rmtree(_rounds(out))
     if as_json:
@@ -193,6 +209,11 @@ def prune(
     seed: Annotated[
         int | None, typer.Option(help="for passes that draw, and for calibration windows")
     ] = None,
+    quantize: QuantizeOption = None,
+    quantize_option: QuantizeOptionOption = None,
+    measure_text: MeasureTextOption = None,
+    measure_windows: MeasureWindowsOption = 8,
+    measure_window: MeasureWindowOption = 1024,
     dry_run: DryOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -206,6 +227,8 @@ def prune(
     from surgeon import pipeline
 
     opening = {"trust_remote_code": trust_remote_code}
+    asked = values.quantize_keys(quantize, quantize_option)
+    measure = values.measuring(measure_text, measure_windows, measure_window)
     if plan is not None:
         _only_replays(context)
         from surgeon.saving import read_plan
@@ -219,6 +242,7 @@ def prune(
             target=to,
             verify=False,
             trust_remote_code=trust_remote_code,
+            quantize=asked or None,
         )
     else:
         from surgeon.axes.budget import MEASURES
@@ -253,11 +277,33 @@ def prune(
             target=to,
             seed=seed,
             model=model,
+            quantize=asked,
         )
         settled = changes.applied(load_recipe(recipe or DEFAULT_RECIPE))
+        _check_measure(settled, measure, dry_run)
         result = _made(settled, model, out, opening, dry_run, overwrite)
     to_write = None if dry_run else out
-    _done(result, to_write, overwrite=overwrite, verify=not no_verify, as_json=as_json)
+    _done(
+        result,
+        to_write,
+        overwrite=overwrite,
+        verify=not no_verify,
+        as_json=as_json,
+        measure=measure,
+    )
+
+
+def _check_measure(recipe: Recipe, measure: Measuring | None, dry_run: bool) -> None:
+    """Refuses, before any work, a text that nothing would be scored on."""
+    if measure is not None and (dry_run or recipe.quantize is None):
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "the text would not be looked at",
+            at=f"--measure-text {measure.text}",
+            why="it is what both steps of a quantised result are scored on, and "
+            + ("nothing is written" if dry_run else "nothing is quantised"),
+            try_="--quantize int8 with it; or surgeon eval OUT --text FILE",
+        )
 
 
 def _made(
@@ -294,6 +340,11 @@ def run(
     ratio: RatioOption = None,
     calibration: CalibrationOption = None,
     statistics: StatisticsOption = None,
+    quantize: QuantizeOption = None,
+    quantize_option: QuantizeOptionOption = None,
+    measure_text: MeasureTextOption = None,
+    measure_windows: MeasureWindowsOption = 8,
+    measure_window: MeasureWindowOption = 1024,
     dry_run: DryOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -308,6 +359,7 @@ def run(
         budget={"ratio": None if ratio is None else values.number(ratio, "--ratio")},
         calibration=values.calibration_keys(calibration, None, None, statistics),
         model=model,
+        quantize=values.quantize_keys(quantize, quantize_option),
     )
     settled = changes.applied(load_recipe(recipe))
     if settled.model is None:
@@ -319,9 +371,18 @@ def run(
             try_=f"surgeon run {recipe} MODEL -o OUT",
         )
     opening = {"trust_remote_code": trust_remote_code}
+    measure = values.measuring(measure_text, measure_windows, measure_window)
+    _check_measure(settled, measure, dry_run)
     result = _made(settled, settled.model, out, opening, dry_run, overwrite)
     to_write = None if dry_run else out
-    _done(result, to_write, overwrite=overwrite, verify=not no_verify, as_json=as_json)
+    _done(
+        result,
+        to_write,
+        overwrite=overwrite,
+        verify=not no_verify,
+        as_json=as_json,
+        measure=measure,
+    )
 
 
 def recipe(

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgeon.emit.lowbit.scheme import scheme_of
 from surgeon.errors import Code, SurgeonError
-from surgeon.recipes.schema import Recipe, SourceKeys, Step, misplaced
+from surgeon.recipes.schema import QuantizeKeys, Recipe, SourceKeys, Step, misplaced
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Changes:
         target: of the result.
         seed: for passes and calibration windows.
         model: what the recipe is for.
+        quantize: by key of a recipe's section of that name; the scheme `none` takes it away.
     """
 
     budget: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -67,6 +69,7 @@ class Changes:
     target: str | None = None
     seed: int | None = None
     model: str | None = None
+    quantize: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these changes.
@@ -106,11 +109,24 @@ class Changes:
         top = {"target": self.target, "seed": self.seed, "model": self.model}
         updates: dict[str, Any] = {key: value for key, value in top.items() if value is not None}
         updates["passes"] = tuple(steps)
+        if self.quantize:
+            updates["quantize"] = _quantize(recipe.quantize, self.quantize)
         if budget:
             updates["budget"] = recipe.budget.model_copy(update=budget)
         if data:
             updates["calibration"] = recipe.calibration.model_copy(update=data)
         return recipe.model_copy(update=updates)
+
+
+def _quantize(before: QuantizeKeys | None, given: Mapping[str, Any]) -> QuantizeKeys | None:
+    """Returns what is asked for; another scheme than the recipe's starts from its own defaults."""
+    if given.get("scheme") == "none" and len(given) == 1:
+        return None
+    own = {} if before is None else before.model_dump(exclude_none=True, exclude_unset=True)
+    kept = own if given.get("scheme", own.get("scheme")) == own.get("scheme") else {}
+    keys = {**kept, **{key: value for key, value in given.items() if value is not None}}
+    scheme_of(keys)  # refuses, in the words of the option
+    return QuantizeKeys(**keys)
 
 
 def calibration_of(data: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def choose(emission: Emission, selection: Selection, scheme: Scheme) -> Chosen:
         if leaf != "weight" or not isinstance(module, nn.Linear | nn.Embedding):
             continue
         table = any(module is t for t in tables)
-        if isinstance(module, nn.Embedding) and not table or table and not scheme.embeddings:
+        if not (scheme.embeddings if table else isinstance(module, nn.Linear)):
             continue
         width = selection.shape(old)[1]
         group = group_for(width, scheme.size) if scheme.scheme == "int4" else width

@@ -81,14 +81,7 @@ class Scheme:
         Raises:
             SurgeonError: `missing-extra`.
         """
-        if importlib.util.find_spec(self.library) is None:
-            raise SurgeonError(
-                Code.MISSING_EXTRA,
-                f"{self.library} is not installed",
-                at=f"--quantize {self.scheme}",
-                why="it stores such weights, and Transformers reads them with it",
-                try_='pip install "model-surgeon[quantize]"',
-            )
+        need_library(self.library, f"--quantize {self.scheme}")
 
     def to_data(self) -> dict[str, Any]:
         """Returns it as a recipe writes it."""
@@ -96,6 +89,27 @@ class Scheme:
         if self.scheme == "int4":
             found["group"] = self.size
         return {**found, "embeddings": True} if self.embeddings else found
+
+
+def need_library(name: str, at: str) -> None:
+    """Refuses where one of the packages that read such weights is needed and isn't installed.
+
+    Args:
+        name: of a package, or what `config.json` calls it; any other is passed over.
+        at: what needs it.
+
+    Raises:
+        SurgeonError: `missing-extra`.
+    """
+    package = name.replace("-", "_")
+    if package in LIBRARY.values() and importlib.util.find_spec(package) is None:
+        raise SurgeonError(
+            Code.MISSING_EXTRA,
+            f"{name} is not installed",
+            at=at,
+            why="it stores such weights, and Transformers reads them with it",
+            try_='pip install "model-surgeon[quantize]"',
+        )
 
 
 def scheme_of(given: str | Mapping[str, Any] | Scheme | None) -> Scheme | None:

@@ -160,7 +160,12 @@ def _differs(folder: Path, name: str, why: str) -> SurgeonError:
 
 
 def memory(model: Any) -> int:
-    """Returns the bytes of a model's parameters and buffers, packed ones as they are packed."""
+    """Returns the bytes of a model's parameters and buffers once it has run.
+
+    Packed ones count as they are packed; some are unpacked when they are first used.
+    """
+    with torch.inference_mode():
+        model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     seen: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         held: Any = getattr(tensor, "data", tensor)
