@@ -48,13 +48,15 @@ class Rounded:
 
 
 def step_of(weights: Any) -> Any:
-    """Returns the step of each group [..., group]: all weights are half a step or less from a level.
+    """Returns the step of each group [..., group]: no weight is over half a step from a level.
 
-    The largest weight, positive or negative, is at 7.5 steps. A step is rounded up to eight bits.
+    The largest weight is at 7.5 steps or less, the least at -8.5 or more; one of both is there but
+    for rounding the step up to eight bits.
     """
     import torch
 
-    wanted = weights.abs().amax(-1).float() / 7.5
+    above, below = weights.amax(-1).float(), weights.amin(-1).float()
+    wanted = torch.maximum(above / (HIGH + 0.5), below / (LOW - 0.5))
     short = wanted.bfloat16()
     up = torch.nextafter(short, torch.full_like(short, torch.inf))
     return torch.where(short.float() < wanted, up, short).float()
