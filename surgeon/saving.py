@@ -234,8 +234,10 @@ def _scorer(
     tokenizer = source.load_tokenizer() if source else None
 
     def score(model: Any) -> dict[str, float]:
-        windows = {"window": measure.window, "max_windows": measure.windows}
-        return {"perplexity": perplexity(model, tokenizer, text=text, **windows).perplexity}
+        found = perplexity(
+            model, tokenizer, text=text, window=measure.window, max_windows=measure.windows
+        )
+        return {"perplexity": found.perplexity}
 
     return score
 

@@ -103,7 +103,7 @@ def _done(
     overwrite: bool,
     verify: bool,
     as_json: bool,
-    measure: Measuring | None,
+    scoring: Measuring | None,
 ) -> None:
     """Writes a result, or nothing where there is no place for it, and shows what it is."""
     from surgeon.commands.printing import print_report
@@ -113,7 +113,7 @@ def _done(
         if not result.is_graph:
             report = replace(report, notes=(*report.notes, *result.emission.notes))
     else:
-        report = result.save(out, overwrite=overwrite, verify=verify, measure=measure)
+        report = result.save(out, overwrite=overwrite, verify=verify, measure=scoring)
         if result.report.as_recipe.get("schedule") and _rounds(out).is_dir():
             shutil.rmtree(_rounds(out))
     if as_json:
@@ -228,7 +228,7 @@ def prune(
 
     opening = {"trust_remote_code": trust_remote_code}
     asked = values.quantize_keys(quantize, quantize_option)
-    measure = values.measuring(measure_text, measure_windows, measure_window)
+    scoring = values.measuring(measure_text, measure_windows, measure_window)
     if plan is not None:
         _only_replays(context)
         from surgeon.saving import read_plan
@@ -280,7 +280,7 @@ def prune(
             quantize=asked,
         )
         settled = changes.applied(load_recipe(recipe or DEFAULT_RECIPE))
-        _check_measure(settled, measure, dry_run)
+        _check_scoring(settled, scoring, dry_run)
         result = _made(settled, model, out, opening, dry_run, overwrite)
     to_write = None if dry_run else out
     _done(
@@ -289,17 +289,17 @@ def prune(
         overwrite=overwrite,
         verify=not no_verify,
         as_json=as_json,
-        measure=measure,
+        scoring=scoring,
     )
 
 
-def _check_measure(recipe: Recipe, measure: Measuring | None, dry_run: bool) -> None:
+def _check_scoring(recipe: Recipe, scoring: Measuring | None, dry_run: bool) -> None:
     """Refuses, before any work, a text that nothing would be scored on."""
-    if measure is not None and (dry_run or recipe.quantize is None):
+    if scoring is not None and (dry_run or recipe.quantize is None):
         raise SurgeonError(
             Code.BAD_OPTION,
             "the text would not be looked at",
-            at=f"--measure-text {measure.text}",
+            at=f"--measure-text {scoring.text}",
             why="it is what both steps of a quantised result are scored on, and "
             + ("nothing is written" if dry_run else "nothing is quantised"),
             try_="--quantize int8 with it; or surgeon eval OUT --text FILE",
@@ -371,8 +371,8 @@ def run(
             try_=f"surgeon run {recipe} MODEL -o OUT",
         )
     opening = {"trust_remote_code": trust_remote_code}
-    measure = values.measuring(measure_text, measure_windows, measure_window)
-    _check_measure(settled, measure, dry_run)
+    scoring = values.measuring(measure_text, measure_windows, measure_window)
+    _check_scoring(settled, scoring, dry_run)
     result = _made(settled, settled.model, out, opening, dry_run, overwrite)
     to_write = None if dry_run else out
     _done(
@@ -381,7 +381,7 @@ def run(
         overwrite=overwrite,
         verify=not no_verify,
         as_json=as_json,
-        measure=measure,
+        scoring=scoring,
     )
 
 

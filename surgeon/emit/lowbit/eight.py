@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def names(name: str, stored: Mapping[str, torch.Tensor]) -> set[str]:
     return {key for key in stored if key.startswith(f"{stem}._{leaf}_")}
 
 
-def header(every: Mapping[str, str], plain: Mapping[str, str]) -> dict[str, str]:
+def header(every: Mapping[str, str], plain: Sequence[str]) -> dict[str, str]:
     """Returns the file's header.
 
     Args:
