@@ -15,8 +15,8 @@ from surgeon.pipeline import Model, open_model, prune, versions
 
 if TYPE_CHECKING:
     from surgeon.emit.lowbit.scheme import Scheme
+    from surgeon.packing import Measuring
     from surgeon.pruned import Report
-    from surgeon.saving import Measuring
 
 
 def load(

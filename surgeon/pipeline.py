@@ -263,7 +263,7 @@ def _replayed(
 def _check_scheme(scheme: Scheme | None, target: str, source: Any) -> None:
     """Refuses a quantisation that can't be written, before any work is done."""
     if scheme is not None:
-        from surgeon.saving import check_scheme
+        from surgeon.packing import check_scheme
 
         check_scheme(scheme, target, source if isinstance(source, str) else type(source).__name__)
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
     from surgeon.emit.lowbit.scheme import Scheme
+    from surgeon.packing import Measuring
     from surgeon.report.verify import Verification
-    from surgeon.saving import Measuring
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,17 @@ class Pruned:
         Raises:
             SurgeonError: `bad-output`, `disk-full`, `target-refused` or `verify-failed`.
         """
+        from surgeon import packing, saving
         from surgeon.emit.lowbit.scheme import scheme_of
-        from surgeon.saving import save
 
-        return save(
-            self,
-            Path(path),
-            overwrite=overwrite,
-            verify=verify,
-            quantize=scheme_of(quantize) or self.quantize,
-            measure=measure,
-        )
+        scheme, folder = scheme_of(quantize) or self.quantize, Path(path)
+        if scheme is not None:
+            return packing.save(
+                self, folder, scheme, overwrite=overwrite, verify=verify, measure=measure
+            )
+        if measure is not None:
+            raise packing.no_steps(measure, "nothing is quantised")
+        return saving.save(self, folder, overwrite=overwrite, verify=verify)
 
 
 def _vocabulary(config: Any) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +16,9 @@ from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
-from surgeon.emit.lowbit.scheme import Scheme
 from surgeon.emit.target import find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
-from surgeon.report.evaluate import Text, perplexity, read_text
 from surgeon.report.page import report_page
 from surgeon.runtime.logits import positions_of
 
@@ -34,58 +31,22 @@ REPORT_FILE = "surgeon.json"
 PAGE_FILE = "report.html"
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """A text that every step of a quantised result is scored on.
-
-    Attributes:
-        text: a file.
-        windows: scored at most.
-        window: tokens in a window.
-    """
-
-    text: Path
-    windows: int = 8
-    window: int = 1024
-
-
-def save(
-    pruned: Pruned,
-    path: Path,
-    *,
-    overwrite: bool,
-    verify: bool,
-    quantize: Scheme | None = None,
-    measure: Measuring | None = None,
-) -> Report:
+def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
     """Writes the result into the folder `path` and returns the completed report.
 
     Raises:
-        SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`; what a
-            quantisation or a text is refused for.
+        SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`.
     """
     if pruned.origin.tensors is None:
         raise no_weights(pruned.origin.id)
-    if quantize is not None:
-        return _save_quantised(
-            pruned, path, quantize, overwrite=overwrite, verify=verify, measure=measure
-        )
-    if measure is not None:
-        raise SurgeonError(
-            Code.BAD_OPTION,
-            "the text would not be looked at",
-            at=f"--measure-text {measure.text}",
-            why="it is what the steps of a quantised result are scored on, and there is one step",
-            try_="--quantize with it, or surgeon eval OUT --text FILE",
-        )
     if pruned.is_graph:
         return _save_graph(pruned, path, overwrite=overwrite, verify=verify)
     assert pruned.origin.source is not None
     emission, source = pruned.emission, pruned.origin.source
-    dtype = _dtype(pruned, emission)
+    dtype = main_dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)
     sizes = (
-        dtype_of.itemsize * _elements(pruned.selection.shape(name))
+        dtype_of.itemsize * elements(pruned.selection.shape(name))
         for name in emission.names
         if (dtype_of := pruned.origin.dtype(name))
     )
@@ -101,7 +62,7 @@ def save(
             tokenizer=source.tokenizer,
             generation_config=source.generation_config,
         )
-        _write_plan(folder, pruned)
+        write_plan(folder, pruned)
         written = time.perf_counter() - start
         report = replace(
             pruned.report,
@@ -121,128 +82,11 @@ def save(
             seconds["verify"] = time.perf_counter() - start
             report = replace(report, verification=found.to_json())
         report = replace(report, seconds=seconds)
-        _write_report(folder, pruned, report)
+        write_report(folder, pruned, report)
     return report
 
 
-def check_scheme(scheme: Scheme | None, target: str, id: str) -> None:
-    """Refuses a quantisation that can't be written, before any work is done.
-
-    Raises:
-        SurgeonError: `target-refused` for a graph, `missing-extra` without its library.
-    """
-    if scheme is None:
-        return
-    if target != "transformers":
-        raise SurgeonError(
-            Code.TARGET_REFUSED,
-            f"a result for {target} isn't quantised here",
-            at=id,
-            why="these schemes are of Transformers checkpoints; a graph's rounding and kernels "
-            "are ONNX Runtime's",
-            try_="surgeon prune first, then surgeon export OUT --to onnx --quantize int4",
-        )
-    scheme.need_library()
-
-
-def _save_quantised(
-    pruned: Pruned,
-    path: Path,
-    scheme: Scheme,
-    *,
-    overwrite: bool,
-    verify: bool,
-    measure: Measuring | None,
-) -> Report:
-    """Writes the result in fewer bits: the plan is verified in fp32, then its tensors rounded."""
-    from surgeon.emit.lowbit import write as low
-
-    check_scheme(scheme, "pt2" if pruned.is_graph else "transformers", pruned.origin.id)
-    source, own = pruned.origin.source, pruned.origin.dtype
-    assert source is not None
-    dtype = _dtype(pruned, pruned.emission)
-    emission = hf.with_dtype(pruned.emission, dtype)
-    text = None if measure is None else read_text(measure.text)
-    before = sum(
-        own(name).itemsize * _elements(pruned.selection.shape(name)) for name in emission.names
-    )
-    score = _scorer(pruned, text, measure)
-    seconds = dict(pruned.report.seconds)
-    start = time.perf_counter()
-    with output_folder(path, overwrite=overwrite, need_bytes=before) as folder:
-        chosen = low.write(
-            folder,
-            emission,
-            pruned.selection,
-            pruned.full,
-            own,
-            scheme,
-            tokenizer_files=source.tokenizer_files,
-            tokenizer=source.tokenizer,
-            generation_config=source.generation_config,
-        )
-        _write_plan(folder, pruned)
-        seconds["write"] = time.perf_counter() - start
-        start = time.perf_counter()
-        found: dict[str, Any] = {**scheme.to_data(), "library": scheme.library}
-        report = pruned.report
-        loaded = load_transformers(folder)
-        if verify:
-            report = replace(report, verification=pruned.verify(source.load_tokenizer()).to_json())
-            checked = low.check(folder, emission, pruned.selection, pruned.full, own)
-            found |= {
-                "weights": checked.weights,
-                "without_loss": checked.same,
-                "largest_step": checked.largest,
-                "logits": _moved(pruned, loaded),
-            }
-        seconds["verify"] = time.perf_counter() - start
-        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        pruned_step = {"name": "pruned", "bytes": before, "memory": before, **score(pruned.model)}
-        found["steps"] = [
-            {**pruned_step, "dtype": str(dtype).removeprefix("torch.")},
-            {"name": scheme.scheme, "bytes": size, **score(loaded), "memory": low.memory(loaded)},
-        ]
-        report = replace(
-            report,
-            notes=(*report.notes, *emission.notes, *chosen.notes),
-            target={
-                "name": "transformers",
-                "architecture": emission.architecture,
-                "remote_code": emission.candidate.remote,
-                "dtype": str(dtype).removeprefix("torch."),
-                "bytes": size,
-            },
-            quantize=found,
-            # A scheme that was named when it was saved belongs to what makes the same again.
-            as_recipe={**report.as_recipe, "quantize": scheme.to_data()}
-            if report.as_recipe
-            else {},
-            seconds=seconds,
-        )
-        _write_report(folder, pruned, report)
-    return report
-
-
-def _scorer(
-    pruned: Pruned, text: Text | None, measure: Measuring | None
-) -> Callable[[Any], dict[str, float]]:
-    """Returns what scores a model on the text: nothing without one."""
-    if text is None or measure is None:
-        return lambda _: {}
-    source = pruned.origin.source
-    tokenizer = source.load_tokenizer() if source else None
-
-    def score(model: Any) -> dict[str, float]:
-        found = perplexity(
-            model, tokenizer, text=text, window=measure.window, max_windows=measure.windows
-        )
-        return {"perplexity": found.perplexity}
-
-    return score
-
-
-def _moved(pruned: Pruned, loaded: Any) -> float:
+def moved(pruned: Pruned, loaded: Any) -> float:
     """Returns the largest difference of logits from the masked reference's, of the largest."""
     masked, source = pruned.masked, pruned.origin.source
     vocab = int(getattr(source, "config").vocab_size)  # noqa: B009
@@ -252,24 +96,26 @@ def _moved(pruned: Pruned, loaded: Any) -> float:
     return max(d.largest for d in apart)
 
 
-def _elements(shape: tuple[int, ...]) -> int:
+def elements(shape: tuple[int, ...]) -> int:
+    """Returns how many values a tensor of this shape has."""
     total = 1
     for size in shape:
         total *= size
     return total
 
 
-def _dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
+def main_dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
     """The element type most weights have: what the configuration says."""
     weight: dict[torch.dtype, int] = {}
     for name in emission.names:
         dtype = pruned.origin.dtype(name)
         if dtype.is_floating_point:
-            weight[dtype] = weight.get(dtype, 0) + _elements(pruned.selection.shape(name))
+            weight[dtype] = weight.get(dtype, 0) + elements(pruned.selection.shape(name))
     return max(weight, key=lambda d: weight[d]) if weight else torch.float32
 
 
-def _write_plan(folder: Path, pruned: Pruned) -> None:
+def write_plan(folder: Path, pruned: Pruned) -> None:
+    """Writes the plan, and beside it the tensors that it replaces others with."""
     plan = replace(pruned.plan, rewrites=tuple(sorted(pruned.rewrites)))
     (folder / PLAN_FILE).write_text(plan.to_json() + "\n", encoding="utf-8")
     if pruned.rewrites:
@@ -280,7 +126,7 @@ def _write_plan(folder: Path, pruned: Pruned) -> None:
         write_safetensors_file(folder / REWRITES_FILE, specs, metadata={"format": "pt"})
 
 
-def _write_report(folder: Path, pruned: Pruned, report: Report) -> None:
+def write_report(folder: Path, pruned: Pruned, report: Report) -> None:
     """Writes what the prune did, for programs and for people."""
     (folder / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
     gone, axes = dropped(pruned.axes, pruned.plan), pruned.axes.axes
@@ -372,7 +218,7 @@ def verify_folder(
         found = pruned.verify(tokenizer)
         check(folder, emission, selection, pruned.full, pruned.origin.dtype)
         loaded = load_transformers(folder, trust_remote_code=trust_remote_code)
-        return replace(found, cast=_moved(pruned, loaded))
+        return replace(found, cast=moved(pruned, loaded))
     masked = v.reference(pruned.axes, pruned.plan, pruned.full)
 
     def forward(*args: torch.Tensor) -> torch.Tensor:
@@ -461,7 +307,7 @@ def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) ->
     """Writes the result as a graph, which has no class that could refuse it."""
     target = get_target("pt2" if pruned.target == "transformers" else pruned.target)
     source = pruned.origin.source
-    need = sum(4 * _elements(pruned.selection.shape(p.name)) for p in pruned.program.params)
+    need = sum(4 * elements(pruned.selection.shape(p.name)) for p in pruned.program.params)
     with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
         report = pruned.report
         if verify:
@@ -483,6 +329,6 @@ def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) ->
             size = sum(f.stat().st_size for f in folder.glob("model*"))
             found = {"name": target.name, "bytes": size, "dtype": "float32"}
             report = replace(report, target=found)
-        _write_plan(folder, pruned)
-        _write_report(folder, pruned, report)
+        write_plan(folder, pruned)
+        write_report(folder, pruned, report)
     return report

@@ -23,9 +23,9 @@ from surgeon.commands.arguments import (
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
+    from surgeon.packing import Measuring
     from surgeon.pruned import Pruned
     from surgeon.recipes.schema import Recipe
-    from surgeon.saving import Measuring
 
 OutOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="folder to write (new or empty)")
@@ -296,14 +296,9 @@ def prune(
 def _check_scoring(recipe: Recipe, scoring: Measuring | None, dry_run: bool) -> None:
     """Refuses, before any work, a text that nothing would be scored on."""
     if scoring is not None and (dry_run or recipe.quantize is None):
-        raise SurgeonError(
-            Code.BAD_OPTION,
-            "the text would not be looked at",
-            at=f"--measure-text {scoring.text}",
-            why="it is what both steps of a quantised result are scored on, and "
-            + ("nothing is written" if dry_run else "nothing is quantised"),
-            try_="--quantize int8 with it; or surgeon eval OUT --text FILE",
-        )
+        from surgeon.packing import no_steps
+
+        raise no_steps(scoring, "nothing is written" if dry_run else "nothing is quantised")
 
 
 def _made(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.errors import Code, SurgeonError, near
 
 if TYPE_CHECKING:
-    from surgeon.saving import Measuring
+    from surgeon.packing import Measuring
 
 
 def number(text: str, where: str) -> float:
@@ -164,8 +164,8 @@ def measuring(text: Path | None, windows: int, window: int) -> Measuring | None:
     """
     if text is None:
         return None
+    from surgeon.packing import Measuring
     from surgeon.report.evaluate import read_text
-    from surgeon.saving import Measuring
 
     read_text(text)
     return Measuring(text, windows, window)
