@@ -6,8 +6,6 @@ what the rounded layers before it produce. What it gives is on the levels, and `
 with the same group packs it as it is. It belongs last: whatever changes weights afterwards takes
 them off.
 
-SmolLM2-135M, FIGURES
-
 Reference: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers, 2022, Algorithm 1 (columns in their order; steps of a group fixed when it is reached).
 """
