@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surgeon.axes.plan import Plan
     from surgeon.comparing import compare, evaluate
     from surgeon.errors import Code, SurgeonError
+    from surgeon.exporting import quantize
     from surgeon.improving import prune_iteratively, recover
     from surgeon.ir import Program
     from surgeon.pipeline import Model, Pruned, Report, capture, open_model, prune, verify
@@ -41,6 +42,7 @@ _HOME = {
     "prune": "surgeon.pipeline",
     "prune_iteratively": "surgeon.improving",
     "recover": "surgeon.improving",
+    "quantize": "surgeon.exporting",
     "verify": "surgeon.pipeline",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "open_model",
     "prune",
     "prune_iteratively",
+    "quantize",
     "recover",
     "verify",
 ]

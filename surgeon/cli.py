@@ -14,6 +14,7 @@ from surgeon.commands import calibrate as command_calibrate
 from surgeon.commands import evaluate as command_evaluate
 from surgeon.commands import graph, latency, passes, see, values
 from surgeon.commands import prune as command_prune
+from surgeon.commands import quantize as command_quantize
 from surgeon.commands import recover as command_recover
 from surgeon.commands.arguments import (
     DeviceOption,
@@ -45,6 +46,7 @@ command_evaluate.add(app)
 app.command()(graph.graph)
 app.command()(passes.passes)
 app.command()(latency.latency)
+app.command()(command_quantize.quantize)
 
 
 @app.command()

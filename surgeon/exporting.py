@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.plan import Plan
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.pipeline import Model, open_model, prune, versions
+
+if TYPE_CHECKING:
+    from surgeon.emit.lowbit.scheme import Scheme
+    from surgeon.packing import Measuring
+    from surgeon.pruned import Report
 
 
 def load(
@@ -33,6 +38,7 @@ def load(
         SurgeonError: why it can't be loaded.
     """
     from surgeon.capture.source import resolve
+    from surgeon.runtime.device import choose_torch_device
     from surgeon.runtime.model import open_session, tokenizer_beside
     from surgeon.runtime.program_file import open_module, program_file
 
@@ -43,6 +49,11 @@ def load(
     file = program_file(model)
     if file is not None:
         return open_module(file, device=device), chosen or tokenizer_beside(file)
+    rounded = packed(model, trust_remote_code)
+    if rounded is not None:
+        on = choose_torch_device(device)
+        rounded.to(on.name).device_note = on.note
+        return rounded, chosen or tokenizer_beside(Path(model).expanduser() / "config.json")
     opened = open_model(model, trust_remote_code=trust_remote_code)
     own = opened.source.load_tokenizer() if opened.source and chosen is None else None
     return load_opened(opened, device=device), chosen or own
@@ -92,6 +103,10 @@ def load_to_measure(
     if file is not None:
         return open_module(file, device=device)
     on = choose_torch_device(device)
+    rounded = packed(model, trust_remote_code)
+    if rounded is not None:
+        rounded.device_note = on.note
+        return rounded.to(on.name)
     source = resolve(model, trust_remote_code=trust_remote_code)
     model_class: Any = source.model_class
     if source.folder is not None and source.weights is not None:
@@ -104,6 +119,62 @@ def load_to_measure(
         loaded.tie_weights()
     loaded.device_note = on.note
     return loaded.float().eval().to(on.name)
+
+
+def packed(model: str, trust_remote_code: bool) -> Any:
+    """Returns the model of a quantised checkpoint folder, None where it is no such folder.
+
+    Raises:
+        SurgeonError: `missing-extra` without the library that reads it, `remote-code`.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        return None
+    from surgeon.capture.configs import quantised, read_config
+    from surgeon.emit.lowbit.scheme import need_library
+    from surgeon.saving import load_transformers
+
+    how = quantised(read_config(folder / "config.json"))
+    if how is None or next(folder.glob("*.safetensors"), None) is None:
+        return None
+    need_library(how, str(folder))
+    return load_transformers(folder, trust_remote_code=trust_remote_code)
+
+
+def quantize(
+    source: Any,
+    path: str | Path,
+    scheme: str | Mapping[str, Any] | Scheme = "int8",
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    measure: Measuring | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Writes a model with its weights in fewer bits and returns what was written.
+
+    Args:
+        source: what `open_model` takes, such as a folder that a prune wrote.
+        path: a folder that doesn't exist yet, or is empty.
+        scheme: `int8`, `w8` or `int4`, or the keys of a recipe's section `quantize`.
+        overwrite: replace an earlier result.
+        verify: read back what was written, and compare.
+        measure: a text that the model is scored on, before and after.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+
+    Raises:
+        SurgeonError: `bad-option`, `bad-checkpoint` where it is quantised already,
+            `target-refused`, `bad-output`, `disk-full` or `verify-failed`.
+    """
+    from surgeon.emit.files import check_output
+    from surgeon.emit.lowbit.scheme import scheme_of
+
+    chosen = scheme_of(scheme)
+    check_output(path, overwrite=overwrite)
+    made = prune(
+        source, plan=Plan(), quantize=chosen, verify=False, trust_remote_code=trust_remote_code
+    )
+    return made.save(path, overwrite=overwrite, verify=verify, measure=measure)
 
 
 def where(model: Any) -> str:

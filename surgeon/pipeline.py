@@ -23,6 +23,7 @@ from surgeon.trimming import ALONE, only_vocabulary, trimmed, trimming_of
 
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe as CalibrationData
+    from surgeon.emit.lowbit.scheme import Scheme
     from surgeon.judging import Hooks
     from surgeon.recipes.schema import Recipe
     from surgeon.report.verify import Verification
@@ -77,6 +78,7 @@ def prune(
     schedule: Mapping[str, Any] | None = None,
     rounds: str | Path | None = None,
     hooks: Hooks | None = None,
+    quantize: str | Mapping[str, Any] | Scheme | None = None,
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
@@ -126,6 +128,8 @@ def prune(
         rounds: folder where finished rounds of a recipe's schedule are kept, from which a run after
             an interruption goes on.
         hooks: training and evaluation of the caller's own in each round; see `prune_iteratively`.
+        quantize: how `save` stores the weights: `int8`, `w8`, `int4`, or the keys of a recipe's
+            section of that name.
 
     Raises:
         SurgeonError: with the reason, before anything is written.
@@ -135,8 +139,13 @@ def prune(
         "dynamic_shapes": dynamic_shapes,
         "trust_remote_code": trust_remote_code,
     }
+    from surgeon.emit.lowbit.scheme import scheme_of
+
+    scheme = scheme_of(quantize)
     if plan is not None:
-        return _replayed(source, opening, plan, rewrites, target or "transformers", verify)
+        to = target or "transformers"
+        found = _replayed(source, opening, plan, rewrites, to, verify, scheme)
+        return replace(found, quantize=scheme)
     from surgeon.recipes.changes import Changes, Named, calibration_of, two_sources
 
     if calibration is not None and statistics is not None:
@@ -175,6 +184,7 @@ def prune(
         seed=seed,
         model=str(source) if isinstance(source, str | Path) else None,
         vocabulary=vocabulary or {},
+        quantize={} if scheme is None else scheme.to_data(),
     )
     settled = changes.applied(load_recipe(DEFAULT_RECIPE if recipe is None else recipe))
     folder = None if rounds is None else Path(rounds)
@@ -210,8 +220,12 @@ def run(
         verify: compare with the masked reference now.
         hooks: what the caller does in each round of a schedule.
     """
+    from surgeon.emit.lowbit.scheme import scheme_of
+
     passes = Passes.of(recipe.passes)
     check_asked(recipe, passes)
+    scheme = scheme_of(recipe.quantize.model_dump() if recipe.quantize else None)
+    _check_scheme(scheme, recipe.target, source)
     stored = None if calibration is not None else stored_of(recipe)
     origin = _opened(source, opening)
     check_factors(origin, recipe, passes)
@@ -225,7 +239,8 @@ def run(
         seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
         made = _result(origin, plan, tensors, recipe.target)
         report = report_of(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
-        return replace(made, report=replace(report, as_recipe=spelled, sparsity=made.sparsity()))
+        told = replace(report, as_recipe=spelled, sparsity=made.sparsity())
+        return replace(made, report=told, quantize=scheme)
 
     if recipe.schedule is not None:
         from surgeon.iterating import Keep, State, iterate
@@ -254,8 +269,10 @@ def _replayed(
     rewrites: Mapping[str, Any] | None,
     target: str,
     verify: bool,
+    scheme: Scheme | None,
 ) -> Pruned:
     """Returns what a plan makes of a source."""
+    _check_scheme(scheme, target, source)
     origin = _opened(source, opening)
     multiples_of(origin, target)  # refuses a target that there isn't
     start = time.perf_counter()
@@ -265,6 +282,14 @@ def _replayed(
     report = report_of(origin, result.plan, entries, (), None, seconds)
     report = replace(report, sparsity=result.sparsity())
     return _finished(replace(result, report=report), verify)
+
+
+def _check_scheme(scheme: Scheme | None, target: str, source: Any) -> None:
+    """Refuses a quantisation that can't be written, before any work is done."""
+    if scheme is not None:
+        from surgeon.packing import check_scheme
+
+        check_scheme(scheme, target, source if isinstance(source, str) else type(source).__name__)
 
 
 def _opened(source: Any, opening: Mapping[str, Any]) -> Model:

@@ -27,6 +27,7 @@ from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, dropped, merged
 from surgeon.axes.producers import Producer, ending, producers
 from surgeon.axes.scales import Scale, limit, scales
 from surgeon.axes.surgery import operate
+from surgeon.emit.lowbit.grid import group_for, levels_of, step_of
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Arg, Op, ParamRef, Program, Ref, Size
 from surgeon.ops.rule import (
@@ -95,6 +96,8 @@ __all__ = [
     "dropped",
     "ending",
     "factorable",
+    "group_for",
+    "levels_of",
     "limit",
     "merged",
     "occurrences",
@@ -102,6 +105,7 @@ __all__ = [
     "producers",
     "rule",
     "scales",
+    "step_of",
     "vanishing",
     "wherever",
 ]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
+    from surgeon.emit.lowbit.scheme import Scheme
+    from surgeon.packing import Measuring
     from surgeon.report.verify import Verification
     from surgeon.vocabulary.files import SmallerSource
 
@@ -42,6 +44,8 @@ class Report:
     it is None where there are none to speak of.
     `vocabulary` is empty where all tokens stayed: otherwise how many there were and are, and what
     that did to embedding, head and corpus.
+    `quantize` tells, where weights are stored in fewer bits, how, and of each step its bytes on
+    disk and in memory, and its perplexity where a text was given.
     """
 
     source: Mapping[str, str]
@@ -58,6 +62,7 @@ class Report:
     as_recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
     sparsity: Mapping[str, Any] | None = None
     vocabulary: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    quantize: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Returns the report as JSON text."""
@@ -73,6 +78,7 @@ class Pruned:
     report: Report
     rewrites: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
     target: str = "transformers"
+    quantize: Scheme | None = None
 
     @property
     def is_graph(self) -> bool:
@@ -222,20 +228,39 @@ class Pruned:
             found = replace(found, cast=cast)
         return found
 
-    def save(self, path: str | Path, *, overwrite: bool = False, verify: bool = True) -> Report:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        verify: bool = True,
+        quantize: str | Mapping[str, Any] | Scheme | None = None,
+        measure: Measuring | None = None,
+    ) -> Report:
         """Writes the checkpoint, the plan and the report; nothing is there until all of it is.
 
         Args:
             path: a folder that doesn't exist yet, or is empty.
             overwrite: replace an earlier result.
             verify: compare with the masked reference first, and read back what was written.
+            quantize: store weights in fewer bits: `int8`, `w8` or `int4`, or the keys of a recipe's
+                section of that name; by default what the recipe says.
+            measure: a text that both steps are scored on.
 
         Raises:
             SurgeonError: `bad-output`, `disk-full`, `target-refused` or `verify-failed`.
         """
-        from surgeon.saving import save
+        from surgeon import packing, saving
+        from surgeon.emit.lowbit.scheme import scheme_of
 
-        return save(self, Path(path), overwrite=overwrite, verify=verify)
+        scheme, folder = scheme_of(quantize) or self.quantize, Path(path)
+        if scheme is not None:
+            return packing.save(
+                self, folder, scheme, overwrite=overwrite, verify=verify, measure=measure
+            )
+        if measure is not None:
+            raise packing.no_steps(measure, "nothing is quantised")
+        return saving.save(self, folder, overwrite=overwrite, verify=verify)
 
 
 def _vocabulary(config: Any) -> int:

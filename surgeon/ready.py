@@ -80,6 +80,9 @@ def open_ready(
     file = program_file(name) if name else None
     if file is not None:
         return _open_program(file, device, tokenizer)
+    rounded = exporting.packed(name, trust_remote_code) if name else None
+    if rounded is not None:
+        return _open_packed(rounded, Path(name).expanduser(), device, tokenizer)
     return _open_source(model, device, tokenizer, trust_remote_code)
 
 
@@ -89,6 +92,20 @@ def _open_graph(name: str, device: str, tokenizer: Any) -> Ready:
     session = open_session(name, device=device)
     own = tokenizer_beside(session.path) or tokenizer
     return Ready(session, own, f.of_graph(session.path, session))
+
+
+def _open_packed(module: Any, folder: Path, device: str, tokenizer: Any) -> Ready:
+    """Takes a checkpoint whose weights are stored in fewer bits, which is not analysed."""
+    from surgeon.runtime.device import choose_torch_device
+    from surgeon.runtime.model import tokenizer_beside
+
+    on = choose_torch_device(device)
+    module.to(on.name).device_note = on.note
+    found = f.Facts("checkpoint", type(module).__name__)
+    found = found.without("its weights are stored in fewer bits", *_DERIVED)
+    size = f.size_of(folder.glob("*.safetensors"))
+    found = replace(found, disk_bytes=size, memory_bytes=f.module_bytes(module))
+    return Ready(module, tokenizer_beside(folder / "config.json") or tokenizer, found)
 
 
 def _open_program(file: Path, device: str, tokenizer: Any) -> Ready:

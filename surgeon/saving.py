@@ -12,7 +12,7 @@ import torch
 
 from surgeon.axes.plan import Plan, dropped
 from surgeon.axes.renumber import MAP_FILE
-from surgeon.capture.configs import config_and_class, read_config
+from surgeon.capture.configs import config_and_class, quantised, read_config
 from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
@@ -47,10 +47,10 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
         return _save_graph(pruned, path, overwrite=overwrite, verify=verify)
     assert pruned.source is not None
     emission, source = pruned.emission, pruned.source
-    dtype = _dtype(pruned, emission)
+    dtype = main_dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)
     sizes = (
-        dtype_of.itemsize * _elements(pruned.selection.shape(name))
+        dtype_of.itemsize * elements(pruned.selection.shape(name))
         for name in emission.names
         if (dtype_of := pruned.dtype(name))
     )
@@ -66,7 +66,7 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
             tokenizer=source.tokenizer,
             generation_config=source.generation_config,
         )
-        _write_plan(folder, pruned)
+        write_plan(folder, pruned)
         written = time.perf_counter() - start
         report = replace(
             pruned.report,
@@ -86,28 +86,40 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
             seconds["verify"] = time.perf_counter() - start
             report = replace(report, verification=found.to_json())
         report = replace(report, seconds=seconds)
-        _write_report(folder, pruned, report)
+        write_report(folder, pruned, report)
     return report
 
 
-def _elements(shape: tuple[int, ...]) -> int:
+def moved(pruned: Pruned, loaded: Any) -> float:
+    """Returns the largest difference of logits from the masked reference's, of the largest."""
+    masked, source = pruned.masked, pruned.origin.source
+    vocab = int(getattr(source, "config").vocab_size)  # noqa: B009
+    inputs = v.probes(vocab, positions=positions_of(source))
+    forward = v.transformers_forward(loaded)
+    apart = v.differences(lambda *args: forward(*args).float(), lambda *args: masked(*args), inputs)
+    return max(d.largest for d in apart)
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Returns how many values a tensor of this shape has."""
     total = 1
     for size in shape:
         total *= size
     return total
 
 
-def _dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
+def main_dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
     """The element type most weights have: what the configuration says."""
     weight: dict[torch.dtype, int] = {}
     for name in emission.names:
         dtype = pruned.dtype(name)
         if dtype.is_floating_point:
-            weight[dtype] = weight.get(dtype, 0) + _elements(pruned.selection.shape(name))
+            weight[dtype] = weight.get(dtype, 0) + elements(pruned.selection.shape(name))
     return max(weight, key=lambda d: weight[d]) if weight else torch.float32
 
 
-def _write_plan(folder: Path, pruned: Pruned) -> None:
+def write_plan(folder: Path, pruned: Pruned) -> None:
+    """Writes the plan, and beside it the tensors that it replaces others with."""
     plan = replace(pruned.plan, rewrites=tuple(sorted(pruned.rewrites)))
     (folder / PLAN_FILE).write_text(plan.to_json() + "\n", encoding="utf-8")
     if pruned.rewrites:
@@ -118,7 +130,7 @@ def _write_plan(folder: Path, pruned: Pruned) -> None:
         write_safetensors_file(folder / REWRITES_FILE, specs, metadata={"format": "pt"})
 
 
-def _write_report(folder: Path, pruned: Pruned, report: Report) -> None:
+def write_report(folder: Path, pruned: Pruned, report: Report) -> None:
     """Writes what the prune did, for programs and for people."""
     if report.vocabulary:
         _write_map(folder / MAP_FILE, pruned.plan)
@@ -216,6 +228,13 @@ def verify_folder(
         SurgeonError: `verify-failed`.
     """
     emission, selection = pruned.emission, pruned.selection
+    if quantised(read_config(folder / "config.json")) is not None:
+        from surgeon.emit.lowbit.write import check
+
+        found = pruned.verify(tokenizer)
+        check(folder, emission, selection, pruned.full, pruned.origin.dtype)
+        loaded = load_transformers(folder, trust_remote_code=trust_remote_code)
+        return replace(found, cast=moved(pruned, loaded))
     masked = v.reference(pruned.axes, pruned.plan, pruned.full)
 
     def forward(*args: torch.Tensor) -> torch.Tensor:
@@ -304,7 +323,7 @@ def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) ->
     """Writes the result as a graph, which has no class that could refuse it."""
     target = get_target("pt2" if pruned.target == "transformers" else pruned.target)
     source = pruned.source
-    need = sum(4 * _elements(pruned.selection.shape(p.name)) for p in pruned.program.params)
+    need = sum(4 * elements(pruned.selection.shape(p.name)) for p in pruned.program.params)
     with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
         report = pruned.report
         if verify:
@@ -326,6 +345,6 @@ def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) ->
             size = sum(f.stat().st_size for f in folder.glob("model*"))
             found = {"name": target.name, "bytes": size, "dtype": "float32"}
             report = replace(report, target=found)
-        _write_plan(folder, pruned)
-        _write_report(folder, pruned, report)
+        write_plan(folder, pruned)
+        write_report(folder, pruned, report)
     return report

@@ -45,6 +45,29 @@ def print_report(report: Report, out: Path | None) -> None:
         console.print(f"written as {report.target.get('architecture', report.target['name'])}")
     if report.verification:
         print_verification(report.verification)
+    if report.quantize:
+        print_steps(report.quantize)
+
+
+def print_steps(found: Any) -> None:
+    """Shows what storing weights in fewer bits did: size and perplexity of each step."""
+    from rich.console import Console
+    from rich.table import Table
+
+    scored = any("perplexity" in step for step in found["steps"])
+    table = Table("step", "MB on disk", "MB in memory", *(["perplexity"] if scored else []))
+    for step in found["steps"]:
+        cells = [step["name"], f"{step['bytes'] / 1e6:,.1f}", f"{step['memory'] / 1e6:,.1f}"]
+        table.add_row(*cells, *([f"{step['perplexity']:.3f}"] if scored else []))
+    console = Console()
+    console.print(table)
+    if "weights" in found:
+        console.print(
+            f"{found['weights']} weights in fewer bits, each within {found['largest_step']:.3f} of "
+            f"a step; {found['without_loss']} of them lost nothing; logits move by "
+            f"{found['logits']:.1e} of the largest",
+            highlight=False,
+        )
 
 
 def _print_sparsity(found: Any) -> None:

@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon.commands import values
-from surgeon.commands.arguments import JsonOption, ModelArg, RemoteOption
+from surgeon.commands.arguments import (
+    JsonOption,
+    MeasureTextOption,
+    MeasureWindowOption,
+    MeasureWindowsOption,
+    ModelArg,
+    QuantizeOption,
+    QuantizeOptionOption,
+    RemoteOption,
+)
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
+    from surgeon.packing import Measuring
     from surgeon.pruned import Pruned
     from surgeon.recipes.schema import Recipe
 
@@ -96,7 +106,13 @@ def _need_out(out: Path | None, dry_run: bool, overwrite: bool) -> None:
 
 
 def _done(
-    result: Pruned, out: Path | None, *, overwrite: bool, verify: bool, as_json: bool
+    result: Pruned,
+    out: Path | None,
+    *,
+    overwrite: bool,
+    verify: bool,
+    as_json: bool,
+    scoring: Measuring | None,
 ) -> None:
     """Writes a result, or nothing where there is no place for it, and shows what it is."""
     from surgeon.calibrate.parallel import rank
@@ -109,7 +125,7 @@ def _done(
         if not result.is_graph:
             report = replace(report, notes=(*report.notes, *result.emission.notes))
     else:
-        report = result.save(out, overwrite=overwrite, verify=verify)
+        report = result.save(out, overwrite=overwrite, verify=verify, measure=scoring)
         if result.report.as_recipe.get("schedule") and _rounds(out).is_dir():
             shutil.rmtree(_rounds(out))
     if as_json:
@@ -222,6 +238,11 @@ def prune(
     seed: Annotated[
         int | None, typer.Option(help="for passes that draw, and for calibration windows")
     ] = None,
+    quantize: QuantizeOption = None,
+    quantize_option: QuantizeOptionOption = None,
+    measure_text: MeasureTextOption = None,
+    measure_windows: MeasureWindowsOption = 8,
+    measure_window: MeasureWindowOption = 1024,
     dry_run: DryOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -235,6 +256,8 @@ def prune(
     from surgeon import pipeline
 
     opening = {"trust_remote_code": trust_remote_code}
+    asked = values.quantize_keys(quantize, quantize_option)
+    scoring = values.measuring(measure_text, measure_windows, measure_window)
     if plan is not None:
         _only_replays(context)
         from surgeon.saving import read_plan
@@ -248,6 +271,7 @@ def prune(
             target=to,
             verify=False,
             trust_remote_code=trust_remote_code,
+            quantize=asked or None,
         )
     else:
         from surgeon.axes.budget import MEASURES
@@ -291,11 +315,28 @@ def prune(
                 else values.number(vocab_coverage, "--vocab-coverage"),
                 "always": vocab_always,
             },
+            quantize=asked,
         )
         settled = changes.applied(load_recipe(recipe or DEFAULT_RECIPE))
+        _check_scoring(settled, scoring, dry_run)
         result = _made(settled, model, out, opening, dry_run, overwrite)
     to_write = None if dry_run else out
-    _done(result, to_write, overwrite=overwrite, verify=not no_verify, as_json=as_json)
+    _done(
+        result,
+        to_write,
+        overwrite=overwrite,
+        verify=not no_verify,
+        as_json=as_json,
+        scoring=scoring,
+    )
+
+
+def _check_scoring(recipe: Recipe, scoring: Measuring | None, dry_run: bool) -> None:
+    """Refuses, before any work, a text that nothing would be scored on."""
+    if scoring is not None and (dry_run or recipe.quantize is None):
+        from surgeon.packing import no_steps
+
+        raise no_steps(scoring, "nothing is written" if dry_run else "nothing is quantised")
 
 
 def _made(
@@ -332,6 +373,11 @@ def run(
     ratio: RatioOption = None,
     calibration: CalibrationOption = None,
     statistics: StatisticsOption = None,
+    quantize: QuantizeOption = None,
+    quantize_option: QuantizeOptionOption = None,
+    measure_text: MeasureTextOption = None,
+    measure_windows: MeasureWindowsOption = 8,
+    measure_window: MeasureWindowOption = 1024,
     dry_run: DryOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -346,6 +392,7 @@ def run(
         budget={"ratio": None if ratio is None else values.number(ratio, "--ratio")},
         calibration=values.calibration_keys(calibration, None, None, statistics),
         model=model,
+        quantize=values.quantize_keys(quantize, quantize_option),
     )
     settled = changes.applied(load_recipe(recipe))
     if settled.model is None:
@@ -357,9 +404,18 @@ def run(
             try_=f"surgeon run {recipe} MODEL -o OUT",
         )
     opening = {"trust_remote_code": trust_remote_code}
+    scoring = values.measuring(measure_text, measure_windows, measure_window)
+    _check_scoring(settled, scoring, dry_run)
     result = _made(settled, settled.model, out, opening, dry_run, overwrite)
     to_write = None if dry_run else out
-    _done(result, to_write, overwrite=overwrite, verify=not no_verify, as_json=as_json)
+    _done(
+        result,
+        to_write,
+        overwrite=overwrite,
+        verify=not no_verify,
+        as_json=as_json,
+        scoring=scoring,
+    )
 
 
 def recipe(

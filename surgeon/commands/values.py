@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import Code, SurgeonError, near
+
+if TYPE_CHECKING:
+    from surgeon.packing import Measuring
 
 
 def number(text: str, where: str) -> float:
@@ -145,3 +148,24 @@ def calibration_keys(
             )
     stored = None if statistics is None else str(statistics)
     return {"sources": named, "samples": samples, "length": length, "statistics": stored}
+
+
+def quantize_keys(scheme: str | None, given: list[str] | None) -> dict[str, Any]:
+    """Returns what these options say in place of a recipe's `quantize`; empty says nothing."""
+    found = options(given or [], "--quantize-option")
+    return found if scheme is None else {**found, "scheme": scheme}
+
+
+def measuring(text: Path | None, windows: int, window: int) -> Measuring | None:
+    """Returns the text that steps are scored on, known to be one; None without it.
+
+    Raises:
+        SurgeonError: `missing-file` or `bad-text-input`.
+    """
+    if text is None:
+        return None
+    from surgeon.packing import Measuring
+    from surgeon.report.evaluate import read_text
+
+    read_text(text)
+    return Measuring(text, windows, window)

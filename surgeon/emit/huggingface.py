@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -446,13 +447,43 @@ def write(
         for old, new in emission.names.items()
     ]
     write_safetensors(folder, specs)
+    describe(
+        folder,
+        emission,
+        tokenizer_files=tokenizer_files,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+    )
+
+
+def describe(
+    folder: Path,
+    emission: Emission,
+    *,
+    tokenizer_files: tuple[Path, ...] = (),
+    tokenizer: Any = None,
+    generation_config: Any = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes what a checkpoint has beside its tensors: configuration, code and tokenizer.
+
+    Args:
+        folder: an existing folder.
+        emission: what the tensors are of.
+        tokenizer_files: of the source.
+        tokenizer: of the source, where it has no files.
+        generation_config: of the source.
+        quantization: the configuration's `quantization_config`.
+    """
+    more = {} if quantization is None else {"quantization_config": quantization}
     if emission.config_json is not None:
-        text = json.dumps(emission.config_json, indent=2, default=str) + "\n"
+        text = json.dumps({**emission.config_json, **more}, indent=2, default=str) + "\n"
         (folder / "config.json").write_text(text)
         shutil.copyfile(MODELLING, folder / MODELLING.name)
     else:
-        config = emission.candidate.config
+        config = copy.deepcopy(emission.candidate.config)
         config.architectures = [emission.architecture]
+        config.update(more)
         config.save_pretrained(folder)
     carry(folder, tokenizer_files, tokenizer)
     if generation_config is not None:

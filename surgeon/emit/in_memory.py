@@ -15,6 +15,17 @@ from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.apply import Get
 
 
+def class_of(emission: Emission) -> tuple[Any, Any]:
+    """Returns the configuration and the class that loading an emission's checkpoint gives."""
+    if emission.config_json is None:
+        return emission.candidate.config, emission.candidate.model_class
+    from surgeon.emit.modeling_surgeon_pruned import SurgeonPrunedConfig, SurgeonPrunedForCausalLM
+
+    own = ("auto_map", "model_type")
+    data = {key: value for key, value in emission.config_json.items() if key not in own}
+    return SurgeonPrunedConfig(**data), SurgeonPrunedForCausalLM
+
+
 def in_memory(
     emission: Emission,
     selection: Selection,
@@ -22,19 +33,7 @@ def in_memory(
     dtype_of: Callable[[str], torch.dtype],
 ) -> Any:
     """Returns the model of an emission without writing it: what loading the checkpoint gives."""
-    if emission.config_json is not None:
-        from surgeon.emit.modeling_surgeon_pruned import (
-            SurgeonPrunedConfig,
-            SurgeonPrunedForCausalLM,
-        )
-
-        data = {
-            k: v for k, v in emission.config_json.items() if k not in ("auto_map", "model_type")
-        }
-        config: Any = SurgeonPrunedConfig(**data)
-        model_class: Any = SurgeonPrunedForCausalLM
-    else:
-        config, model_class = emission.candidate.config, emission.candidate.model_class
+    config, model_class = class_of(emission)
     state = {
         new: final(emission, selection, get, old, dtype_of(old))
         for old, new in emission.names.items()

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgeon.emit.lowbit.scheme import scheme_of
 from surgeon.errors import Code, SurgeonError
 from surgeon.recipes.schema import (
+    QuantizeKeys,
     Recipe,
     ScheduleKeys,
     SourceKeys,
@@ -69,6 +71,7 @@ class Changes:
         seed: for passes and calibration windows.
         model: what the recipe is for.
         vocabulary: by key of a recipe's vocabulary; empty for none.
+        quantize: by key of a recipe's section of that name; the scheme `none` takes it away.
     """
 
     budget: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -79,6 +82,7 @@ class Changes:
     seed: int | None = None
     model: str | None = None
     vocabulary: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    quantize: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def applied(self, recipe: Recipe) -> Recipe:
         """Returns the recipe with these changes.
@@ -121,6 +125,8 @@ class Changes:
         tokens = {key: value for key, value in self.vocabulary.items() if value is not None}
         if tokens:
             updates["vocabulary"] = _vocabulary(recipe, tokens)
+        if self.quantize:
+            updates["quantize"] = _quantize(recipe.quantize, self.quantize)
         if budget:
             updates["budget"] = recipe.budget.model_copy(update=budget)
         if data:
@@ -174,6 +180,17 @@ def _schedule(before: ScheduleKeys | None, given: Mapping[str, Any]) -> Schedule
             why=found["msg"],
             try_="rounds=3; stop_if_worse_than is above 1: 1.2 allows a fifth more",
         ) from error
+
+
+def _quantize(before: QuantizeKeys | None, given: Mapping[str, Any]) -> QuantizeKeys | None:
+    """Returns what is asked for; another scheme than the recipe's starts from its own defaults."""
+    if given.get("scheme") == "none" and len(given) == 1:
+        return None
+    own = {} if before is None else before.model_dump(exclude_none=True, exclude_unset=True)
+    kept = own if given.get("scheme", own.get("scheme")) == own.get("scheme") else {}
+    keys = {**kept, **{key: value for key, value in given.items() if value is not None}}
+    scheme_of(keys)  # refuses, in the words of the option
+    return QuantizeKeys(**keys)
 
 
 def calibration_of(data: Any) -> dict[str, Any]:

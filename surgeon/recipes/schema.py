@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictFloat,
     StrictInt,
     StrictStr,
@@ -175,6 +176,19 @@ class VocabularyKeys(Strict):
         return self
 
 
+class QuantizeKeys(Strict):
+    """How the result's weights are stored in fewer bits."""
+
+    scheme: Literal["int8", "w8", "int4"]
+    """`int8` rounds activations too, while the model runs; `w8` and `int4` round weights alone."""
+
+    group: Annotated[StrictInt, Field(ge=8)] | None = None
+    """Of int4: neighbours in a row that share a scale; 32 without it."""
+
+    embeddings: StrictBool = False
+    """Whether the embedding and the head are rounded too (8 bits only)."""
+
+
 class Step(Strict):
     """A pass by kind and name, with its options."""
 
@@ -230,6 +244,9 @@ class Recipe(Strict):
 
     vocabulary: VocabularyKeys | None = None
     """Which tokens stay; without it, all of them."""
+
+    quantize: QuantizeKeys | None = None
+    """Whether weights are stored in fewer bits, and how; the plan is verified in fp32 before."""
 
     passes: Annotated[tuple[Step, ...], Field(min_length=1)]
     """In order: any transforms; one score, one select and any compensates, or none of these; any

@@ -195,7 +195,7 @@ def test_a_graph_that_is_none(tmp_path: Path) -> None:
 # --- interruption --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["surgeon.pipeline.open_model", "surgeon.saving._write_plan"])
+@pytest.mark.parametrize("place", ["surgeon.pipeline.open_model", "surgeon.saving.write_plan"])
 def test_an_interruption_says_so_and_leaves_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

@@ -1,0 +1,1 @@
+"""Weights of an emitted Transformers checkpoint in fewer bits, as torchao and vLLM store them."""
