@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -243,6 +244,9 @@ def main() -> None:
     """Runs the command; a user's mistake ends with its four parts and no traceback."""
     # Libraries underneath draw bars of their own for steps that are not the user's.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # Which kernels of theirs this machine lacks is no warning to the user either.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except SurgeonError as error:

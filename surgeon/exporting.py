@@ -127,18 +127,26 @@ def packed(model: str, trust_remote_code: bool) -> Any:
     Raises:
         SurgeonError: `missing-extra` without the library that reads it, `remote-code`.
     """
+    how = packing_of(model)
+    if how is None:
+        return None
+    from surgeon.emit.lowbit.scheme import need_library
+    from surgeon.saving import load_transformers
+
+    folder = Path(model).expanduser()
+    need_library(how, str(folder))
+    return load_transformers(folder, trust_remote_code=trust_remote_code)
+
+
+def packing_of(model: str) -> str | None:
+    """Returns the library that packed a checkpoint folder's weights; None for any other model."""
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
         return None
     from surgeon.capture.configs import quantised, read_config
-    from surgeon.emit.lowbit.scheme import need_library
-    from surgeon.saving import load_transformers
 
     how = quantised(read_config(folder / "config.json"))
-    if how is None or next(folder.glob("*.safetensors"), None) is None:
-        return None
-    need_library(how, str(folder))
-    return load_transformers(folder, trust_remote_code=trust_remote_code)
+    return how if next(folder.glob("*.safetensors"), None) is not None else None
 
 
 def quantize(

@@ -54,7 +54,7 @@ def check_name(model: Any, *, trust_remote_code: bool = False) -> None:
         locate(name)
     elif file is not None:
         find_program(file)
-    else:
+    elif exporting.packing_of(name) is None:
         resolve(name, trust_remote_code=trust_remote_code)
 
 

@@ -36,6 +36,9 @@ from surgeon.plugin import (
     factorable,
 )
 
+ENERGY = 0.9
+"""What each map keeps of its energy where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class LowRank(TransformPass):
@@ -45,7 +48,8 @@ class LowRank(TransformPass):
     factors: ClassVar[bool] = True
 
     energy: float | None = None
-    """Share of its energy, the squared singular values, that each map keeps."""
+    """Share of its energy, the squared singular values, that each map keeps; 0.9 without it and
+    the next three."""
 
     ratio: float | None = None
     """Share of its parameters that each map loses, in place of an energy."""
@@ -73,8 +77,8 @@ class LowRank(TransformPass):
     def __post_init__(self) -> None:
         """Refuses options that mean nothing, or nothing together."""
         said = [n for n in ("energy", "ratio", "budget", "rank") if getattr(self, n) is not None]
-        if len(said) != 1:
-            found = " and ".join(said) or "none of them"
+        if len(said) > 1:
+            found = " and ".join(said)
             raise ValueError(f"it takes one of energy, ratio, budget and rank, and has {found}")
         for name in ("energy", "ratio", "budget"):
             share = getattr(self, name)
@@ -170,10 +174,10 @@ class LowRank(TransformPass):
             # Only the loss has one scale for all maps: of other energies, the share counts.
             scale = 0.5 if self.by == "loss" else 1 / max(float(energies.sum()), 1e-30)
             costs.append(_costs(matrix, energies * scale, self.multiple_of))
-        if self.energy is not None:
+        if self.budget is None:
+            energy = ENERGY if self.energy is None else self.energy
             every = zip(found, costs, strict=True)
-            return {m.param: cost.by_energy(self.energy) for m, cost in every}
-        assert self.budget is not None
+            return {m.param: cost.by_energy(energy) for m, cost in every}
         counted = context.budget.counted or tuple(m.param for m in found)
         whole = counts(context.axes, context.plan, counted)[1]
         goal = round(self.budget * whole)

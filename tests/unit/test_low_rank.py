@@ -203,8 +203,7 @@ def test_what_is_frozen_or_two_already_stays() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({}, "it takes one of energy, ratio, budget and rank"),
-        ({"energy": 0.9, "rank": 3}, "has energy and rank"),
+        ({"energy": 0.9, "rank": 3}, "it takes one of energy, ratio, budget and rank, and has"),
         ({"budget": 1.0}, "budget is 1.0"),
         ({"rank": 0}, "1 or more"),
         ({"rank": 3, "damping": 0.0}, "damping is 0.0"),
