@@ -38,7 +38,6 @@ def load(
         SurgeonError: why it can't be loaded.
     """
     from surgeon.capture.source import resolve
-    from surgeon.runtime.device import choose_torch_device
     from surgeon.runtime.model import open_session, tokenizer_beside
     from surgeon.runtime.program_file import open_module, program_file
 
@@ -49,10 +48,8 @@ def load(
     file = program_file(model)
     if file is not None:
         return open_module(file, device=device), chosen or tokenizer_beside(file)
-    rounded = packed(model, trust_remote_code)
+    rounded = packed(model, device=device, trust_remote_code=trust_remote_code)
     if rounded is not None:
-        on = choose_torch_device(device)
-        rounded.to(on.name).device_note = on.note
         return rounded, chosen or tokenizer_beside(Path(model).expanduser() / "config.json")
     opened = open_model(model, trust_remote_code=trust_remote_code)
     own = opened.source.load_tokenizer() if opened.source and chosen is None else None
@@ -102,11 +99,10 @@ def load_to_measure(
     file = program_file(model)
     if file is not None:
         return open_module(file, device=device)
-    on = choose_torch_device(device)
-    rounded = packed(model, trust_remote_code)
+    rounded = packed(model, device=device, trust_remote_code=trust_remote_code)
     if rounded is not None:
-        rounded.device_note = on.note
-        return rounded.to(on.name)
+        return rounded
+    on = choose_torch_device(device)
     source = resolve(model, trust_remote_code=trust_remote_code)
     model_class: Any = source.model_class
     if source.folder is not None and source.weights is not None:
@@ -121,7 +117,7 @@ def load_to_measure(
     return loaded.float().eval().to(on.name)
 
 
-def packed(model: str, trust_remote_code: bool) -> Any:
+def packed(model: str, *, device: str, trust_remote_code: bool) -> Any:
     """Returns the model of a quantised checkpoint folder, None where it is no such folder.
 
     Raises:
@@ -131,11 +127,15 @@ def packed(model: str, trust_remote_code: bool) -> Any:
     if how is None:
         return None
     from surgeon.emit.lowbit.scheme import need_library
+    from surgeon.runtime.device import choose_torch_device
     from surgeon.saving import load_transformers
 
     folder = Path(model).expanduser()
     need_library(how, str(folder))
-    return load_transformers(folder, trust_remote_code=trust_remote_code)
+    on = choose_torch_device(device)
+    loaded: Any = load_transformers(folder, trust_remote_code=trust_remote_code).to(on.name)
+    loaded.device_note = on.note
+    return loaded
 
 
 def packing_of(model: str) -> str | None:

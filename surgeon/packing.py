@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from surgeon.emit.lowbit.scheme import Scheme
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report.evaluate import Text, perplexity, read_text
 from surgeon.saving import (
-    elements,
     load_transformers,
     main_dtype,
     moved,
@@ -96,9 +96,7 @@ def save(
     dtype = main_dtype(pruned, pruned.emission)
     emission = hf.with_dtype(pruned.emission, dtype)
     text = None if measure is None else read_text(measure.text)
-    before = sum(
-        own(name).itemsize * elements(pruned.selection.shape(name)) for name in emission.names
-    )
+    before = sum(own(name).itemsize * prod(pruned.selection.shape(name)) for name in emission.names)
     score = _scorer(pruned, text, measure)
     seconds = dict(pruned.report.seconds)
     start = time.perf_counter()

@@ -80,9 +80,9 @@ def open_ready(
     file = program_file(name) if name else None
     if file is not None:
         return _open_program(file, device, tokenizer)
-    rounded = exporting.packed(name, trust_remote_code) if name else None
-    if rounded is not None:
-        return _open_packed(rounded, Path(name).expanduser(), device, tokenizer)
+    if name and exporting.packing_of(name) is not None:
+        module = exporting.packed(name, device=device, trust_remote_code=trust_remote_code)
+        return _open_packed(module, Path(name).expanduser(), tokenizer)
     return _open_source(model, device, tokenizer, trust_remote_code)
 
 
@@ -94,13 +94,10 @@ def _open_graph(name: str, device: str, tokenizer: Any) -> Ready:
     return Ready(session, own, f.of_graph(session.path, session))
 
 
-def _open_packed(module: Any, folder: Path, device: str, tokenizer: Any) -> Ready:
+def _open_packed(module: Any, folder: Path, tokenizer: Any) -> Ready:
     """Takes a checkpoint whose weights are stored in fewer bits, which is not analysed."""
-    from surgeon.runtime.device import choose_torch_device
     from surgeon.runtime.model import tokenizer_beside
 
-    on = choose_torch_device(device)
-    module.to(on.name).device_note = on.note
     found = f.Facts("checkpoint", type(module).__name__)
     found = found.without("its weights are stored in fewer bits", *_DERIVED)
     size = f.size_of(folder.glob("*.safetensors"))

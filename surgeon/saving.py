@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
     dtype = main_dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)
     sizes = (
-        dtype_of.itemsize * elements(pruned.selection.shape(name))
+        dtype_of.itemsize * prod(pruned.selection.shape(name))
         for name in emission.names
         if (dtype_of := pruned.dtype(name))
     )
@@ -100,21 +101,13 @@ def moved(pruned: Pruned, loaded: Any) -> float:
     return max(d.largest for d in apart)
 
 
-def elements(shape: tuple[int, ...]) -> int:
-    """Returns how many values a tensor of this shape has."""
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def main_dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
     """The element type most weights have: what the configuration says."""
     weight: dict[torch.dtype, int] = {}
     for name in emission.names:
         dtype = pruned.dtype(name)
         if dtype.is_floating_point:
-            weight[dtype] = weight.get(dtype, 0) + elements(pruned.selection.shape(name))
+            weight[dtype] = weight.get(dtype, 0) + prod(pruned.selection.shape(name))
     return max(weight, key=lambda d: weight[d]) if weight else torch.float32
 
 
@@ -323,7 +316,7 @@ def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) ->
     """Writes the result as a graph, which has no class that could refuse it."""
     target = get_target("pt2" if pruned.target == "transformers" else pruned.target)
     source = pruned.source
-    need = sum(4 * elements(pruned.selection.shape(p.name)) for p in pruned.program.params)
+    need = sum(4 * prod(pruned.selection.shape(p.name)) for p in pruned.program.params)
     with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
         report = pruned.report
         if verify:

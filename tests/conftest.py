@@ -27,6 +27,17 @@ def captures() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of floats are in the same order every time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
     """The builder of tiny models, as in `tiny("Llama", num_hidden_layers=4)`."""

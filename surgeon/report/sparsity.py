@@ -5,10 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
 
+from surgeon.axes.budget import count
 from surgeon.axes.consumers import contractions
 from surgeon.ir.program import Program
 
@@ -74,7 +76,7 @@ def sparsity_of(
         return None
     weights = {one.name: one.zeros / one.sparsity for one in found}
     total, zeros = round(sum(weights.values())), sum(one.zeros for one in found)
-    every = sum(_elements(p.type.shape) for p in program.params if p.kind == "parameter")
+    every = count(program, [p.name for p in program.params if p.kind == "parameter"])
     return {
         "weights": total,
         "zeros": zeros,
@@ -133,18 +135,11 @@ def _common(found: Iterable[Sparse]) -> str | None:
     return patterns.pop() if len(patterns) == 1 else None
 
 
-def _elements(shape: tuple[Any, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 def _saves(
     found: list[Sparse], get: Read, before: Read, width: Callable[[str], int]
 ) -> Iterable[Mapping[str, Any]]:
     """Yields, place after place, the bytes of these weights as they are stored there."""
-    stored = {one.name: _elements(one.shape) * width(one.name) for one in found}
+    stored = {one.name: prod(one.shape) * width(one.name) for one in found}
     whole = sum(stored.values())
     yield _row(
         "dense runtimes (Transformers, ONNX Runtime, llama.cpp)",
@@ -154,7 +149,7 @@ def _saves(
     )
     semi = [one for one in found if one.semi]
     if semi:
-        dense = HALF * sum(_elements(one.shape) for one in semi)
+        dense = HALF * sum(prod(one.shape) for one in semi)
         # Half of the values, and two bits for each of them that say where it stood.
         yield _row(
             "2:4 kernels in fp16 or bf16 (NVIDIA Ampere or later, "
@@ -173,7 +168,7 @@ def _saves(
         )
     # Of each weight that is left its value and a 32-bit column, of each row where it begins.
     listed = sum(
-        (_elements(one.shape) - one.zeros) * (width(one.name) + 4) + 4 * (one.shape[0] + 1)
+        (prod(one.shape) - one.zeros) * (width(one.name) + 4) + 4 * (one.shape[0] + 1)
         for one in found
     )
     note = "" if listed < whole else "nothing: columns take more than the zeros do"

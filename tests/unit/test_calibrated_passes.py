@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -22,7 +22,7 @@ from surgeon.plugin import Context
 from tests import models
 from tests.masking import masked_logits
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 DATA = Recipe((Piece(list(np.random.default_rng(0).integers(3, 100, 400))),), 12, 16)
 
@@ -195,11 +195,3 @@ def test_a_pass_that_needs_data_says_so() -> None:
     with pytest.raises(surgeon.SurgeonError) as caught:
         surgeon.prune(models.tiny("Llama"), ratio=0.2, score="obs")
     assert "--calibration" in caught.value.try_
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
