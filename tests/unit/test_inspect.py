@@ -67,7 +67,7 @@ def test_layers_that_differ_are_branches_of_their_own() -> None:
 def test_a_pinned_axis_says_why() -> None:
     text = shown(analyse(parse(BARRIER)))
     assert "pinned: no axis rule for aten.roll.default, in mixer" in text
-    assert "5 channels, width, prunable" in text
+    assert "5 channels, rank, prunable" in text
 
 
 def test_what_may_be_selected() -> None:
