@@ -71,7 +71,15 @@ def _check_whole(recipe: Recipe, passes: Passes) -> None:
 
 
 def check_factors(origin: Model, recipe: Recipe, passes: Passes) -> None:
-    """Refuses, before any work, two maps in place of one where those can't be expressed."""
+    """Refuses, before any work, what a schedule or the target can't express."""
+    if passes.groups and recipe.schedule is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"{passes.groups[0].label} can't be part of a schedule",
+            at="schedule",
+            why="the rounds after the first would group what is grouped already",
+            try_=f"--transform {passes.groups[0].name} first, and the schedule on its result",
+        )
     if not passes.factors:
         return
     if recipe.schedule is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.axes.axes import Axes
+from surgeon.axes.plan import Plan
 from surgeon.axes.settle import analyse
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.ir.program import Program
@@ -104,6 +105,18 @@ def open_model(
     weights = found.weights
     fixed = {**captured.constants, **found.computed()}
     return Model(found, captured.program, axes, weights, fixed, time.perf_counter() - start)
+
+
+def with_heads_apart(model: Model) -> Model:
+    """Returns a model whose query heads are told from its key/value heads."""
+    from surgeon.axes.grouped import heads_apart
+
+    return replace(model, axes=heads_apart(model.program))
+
+
+def for_plan(model: Model, plan: Plan) -> Model:
+    """Returns a model with the axes that a plan speaks of."""
+    return with_heads_apart(model) if plan.grouped else model
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from surgeon.axes.plan import Plan, Selection, check
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
-from surgeon.opening import Model, open_model, opening_origin
+from surgeon.opening import Model, for_plan, open_model, opening_origin, with_heads_apart
 from surgeon.planning import Passes, planned
 from surgeon.pruned import Pruned, Report, report_of, versions
 from surgeon.recipes import DEFAULT_RECIPE, load_recipe
@@ -228,6 +228,8 @@ def run(
     _check_scheme(scheme, recipe.target, source)
     stored = None if calibration is not None else stored_of(recipe)
     origin = _opened(source, opening)
+    if passes.groups:
+        origin = with_heads_apart(origin)
     check_factors(origin, recipe, passes)
     start = time.perf_counter()
     budget = budget_of(origin, recipe)
@@ -273,7 +275,7 @@ def _replayed(
 ) -> Pruned:
     """Returns what a plan makes of a source."""
     _check_scheme(scheme, target, source)
-    origin = _opened(source, opening)
+    origin = for_plan(_opened(source, opening), plan)
     multiples_of(origin, target)  # refuses a target that there isn't
     start = time.perf_counter()
     entries = [{"pass": "replay", "options": {"source": dict(plan.source)}}]

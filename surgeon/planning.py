@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from surgeon.axes.axes import Axes
 from surgeon.axes.budget import Budget
 from surgeon.axes.factors import Product
-from surgeon.axes.plan import Plan, Selection
+from surgeon.axes.grouped import grouping
+from surgeon.axes.plan import Plan, Selection, check, merged
 from surgeon.conditions import Watched, check_scores, check_selected, check_tensors
 from surgeon.effects import PassResult, of_plan, of_scores, of_tensors, options_of
 from surgeon.errors import Code, SurgeonError, no_weights
@@ -150,6 +152,12 @@ class Passes:
         return tuple(p for p in self.then if p.made.factors)
 
     @property
+    def groups(self) -> tuple[Named, ...]:
+        """Those that make key/value heads fewer."""
+        every = (*self.transform, *self.then)
+        return tuple(p for p in every if getattr(p.made, "groups", False))
+
+    @property
     def look(self) -> bool:
         """Whether one of them needs calibration data."""
         return any(p.looks for p in self.every)
@@ -206,20 +214,23 @@ def planned(
     run = _Run(origin, budget, seed)
     data = run.gathered(passes, calibration) if passes.look else None
     ground = ground or Ground(origin)
+    heads = Plan()
     changed: dict[str, Any] = {}
     made_by: list[Mapping[str, Any]] = []
     for step in passes.transform:
         # What is known of most values outlasts an exact change: one walk serves the later passes.
-        context = run.context(changed, data, (step, *(passes.later if step.made.exact else ())))
+        expected = (step, *(passes.later if step.made.exact else ()))
+        context = run.context(changed, data, expected, heads)
         made = run.rewriting(step, lambda c=context, p=step: p.made.transform(c), context)
         changed.update(made)
         made_by.append(made)
+        heads = merged([heads, run.grouping(step)])
         if data is not None and made:
             data = data.with_rewrites(made, dense=True, exact=step.made.exact)
-    plan = Plan()
+    plan = heads
     if passes.score is not None and passes.select is not None:
         context = run.context(changed, data, passes.later)
-        plan = run.select(context, passes.score, passes.select)
+        plan = merged([run.select(context, passes.score, passes.select), heads])
     mended: dict[str, Any] = {}
     products: dict[str, Product] = {}
     after = (*passes.compensate, *passes.then)
@@ -242,6 +253,7 @@ def planned(
             if isinstance(made, Product):
                 products[name], made = made, made.whole
             mended[name] = made
+        plan = merged([plan, run.grouping(step)])
     plan = replace(plan, factors=tuple(sorted((n, p.rank) for n, p in products.items())))
     rewrites = {**changed, **mended}
     for name, split in Selection(origin.axes, plan).splits.items():
@@ -249,6 +261,16 @@ def planned(
         left, right = products[name].left.float(), products[name].right.float()
         rewrites |= {split.rows.name: left, split.columns.name: right}
     return Planned(plan, rewrites, tuple(run.results), tuple(run.notes))
+
+
+def _as_one(axes: Axes, plan: Plan, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a pass's tensors with heads alike of which one stands for the others by now."""
+    from surgeon.runtime.apply import alike
+
+    return {
+        name: tensor if isinstance(tensor, Product) else alike(axes, plan, name, tensor)
+        for name, tensor in made.items()
+    }
 
 
 def _called(step: Named, context: Context) -> Any:
@@ -342,9 +364,19 @@ class _Run:
         axes, plan = self.origin.axes, context.plan
         two = bool(getattr(step.made, "factors", False))
         made = check_tensors(axes, step.label, call(), products=two, whole=context.factored)
+        made = _as_one(axes, plan, made)
         effect = {**of_tensors(made, axes, plan), **context.facts}
         self.note(step, context, time.perf_counter() - start, effect)
         return made
+
+    def grouping(self, step: Named) -> Plan:
+        """Returns which key/value heads stay after a pass that groups them, checked."""
+        if not getattr(step.made, "groups", False):
+            return Plan()
+        axes = self.origin.axes
+        counts = step.made.grouped(axes)
+        cuts = tuple(grouping(axes.by_name[name], count) for name, count in counts.items())
+        return check(axes, Plan(cuts, grouped=tuple(counts)))
 
     def select(self, context: Context, score: Named, select: Named) -> Plan:
         """Returns the selection's plan, checked; scores are made when it asks for them."""

@@ -22,6 +22,8 @@ from surgeon.axes.channels import occurrences
 from surgeon.axes.consumers import Consumer, consumers
 from surgeon.axes.contractions import Contraction, contractions
 from surgeon.axes.factors import Product, factorable
+from surgeon.axes.grouped import grouping, places, query_heads
+from surgeon.axes.grouped import obstacles as grouping_obstacles
 from surgeon.axes.meter import Meter, Part
 from surgeon.axes.plan import Cut, Plan, Selection, counts, cut, dropped, merged
 from surgeon.axes.producers import Producer, ending, producers
@@ -97,12 +99,16 @@ __all__ = [
     "ending",
     "factorable",
     "group_for",
+    "grouping",
+    "grouping_obstacles",
     "levels_of",
     "limit",
     "merged",
     "occurrences",
     "operate",
+    "places",
     "producers",
+    "query_heads",
     "rule",
     "scales",
     "step_of",
@@ -175,7 +181,7 @@ class Context:
         calibration: what the model computes on data, for passes that need it.
         budget: what is to go in all; its `axes` and `branches` are all that may.
         plan: what goes, for passes that stand after the selection; before it, and where nothing
-            is selected, the empty plan.
+            is selected, the empty plan, or the heads that a transform before them grouped.
         facts: gets figures that the report keeps with what the driver records of the pass.
         training: trains what a plan leaves, for passes that need it.
         factored: the parameters that are products of two already; none of them can be replaced.
@@ -389,6 +395,14 @@ class TransformPass(Pass):
 
     factors: ClassVar[bool] = False
     """Whether it may make two maps of one; such a pass stands last, and some targets refuse it."""
+
+    groups: ClassVar[bool] = False
+    """Whether it makes key/value heads alike, of which one of a group then stays; the axes that it
+    sees have query heads told from key/value heads."""
+
+    def grouped(self, axes: Axes) -> Mapping[str, int]:
+        """Returns by axis of key/value heads how many of them stay, where it `groups`."""
+        return {}
 
     @abstractmethod
     def transform(self, context: Context) -> Mapping[str, Any]:

@@ -127,6 +127,7 @@ class Ground:
         def train(plan: Plan, settings: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
             from surgeon.calibrate.parallel import rank
             from surgeon.recovery.training import Job, trained
+            from surgeon.runtime.apply import alike
 
             if basis and settings.distill in ("hidden", "both"):
                 raise SurgeonError(
@@ -151,7 +152,12 @@ class Ground:
                 "trained": type(student.model).__name__,
                 "data": {name: list(seen) for name, seen in places.origin.items()},
             }
-            return self.left(student.learnt(state)), facts
+            learnt = {
+                # Heads that are one in the student stay alike in the original's sizes.
+                name: alike(self.origin.axes, after.plan, name, tensor)
+                for name, tensor in student.learnt(state).items()
+            }
+            return self.left(learnt), facts
 
         return train
 

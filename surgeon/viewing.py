@@ -11,6 +11,7 @@ from surgeon.axes.axes import Axes
 from surgeon.axes.costs import Costs
 from surgeon.axes.plan import Plan, check
 from surgeon.ir.program import Program
+from surgeon.opening import for_plan
 
 if TYPE_CHECKING:
     from surgeon.opening import Model
@@ -144,5 +145,7 @@ def _same_source(a: Plan, b: Plan) -> bool:
 def _side(name: str, model: Model, plan: Plan | None = None) -> Side:
     from surgeon.report.diff import Side
 
-    plan = check(model.axes, plan or Plan())
+    plan = plan or Plan()
+    model = for_plan(model, plan)
+    check(model.axes, plan)
     return Side(name, model.axes, costs_of(model), plan)

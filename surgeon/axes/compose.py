@@ -49,6 +49,7 @@ def compose(axes: Axes, first: Plan, second: Plan) -> Plan:
         first.source,
         tuple(dict.fromkeys([*first.rewrites, *second.rewrites])),
         tuple(dict.fromkeys([*first.renumbered, *second.renumbered])),
+        grouped=first.grouped,
     )
 
 

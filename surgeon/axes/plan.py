@@ -72,6 +72,8 @@ class Plan:
             which count the kept indices. Otherwise such an axis can't be cut.
         factors: ranks by parameter, of those that become two; their tensors are among the rewrites
             (`surgeon.axes.factors`).
+        grouped: names of cut axes of key/value heads: those of a group are alike, and the first of
+            them stays for all their query heads (`surgeon.axes.grouped`).
     """
 
     cuts: tuple[Cut, ...] = ()
@@ -80,6 +82,7 @@ class Plan:
     rewrites: tuple[str, ...] = field(default=())
     renumbered: tuple[str, ...] = ()
     factors: tuple[tuple[str, int], ...] = field(default=())
+    grouped: tuple[str, ...] = ()
 
     @cached_property
     def by_axis(self) -> Mapping[str, Cut]:
@@ -100,6 +103,7 @@ class Plan:
             "rewrites": list(self.rewrites),
             **({"renumbered": list(self.renumbered)} if self.renumbered else {}),
             **({"factors": dict(self.factors)} if self.factors else {}),
+            **({"grouped": list(self.grouped)} if self.grouped else {}),
         }
         fields = [
             f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()
@@ -136,6 +140,7 @@ class Plan:
                 tuple(data["rewrites"]),
                 tuple(str(name) for name in data.get("renumbered", ())),
                 tuple(sorted((str(k), index(v)) for k, v in data.get("factors", {}).items())),
+                tuple(str(name) for name in data.get("grouped", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SurgeonError(
@@ -169,6 +174,9 @@ def check(axes: Axes, plan: Plan) -> Plan:
     for name in plan.renumbered:
         if name not in plan.by_axis:
             raise _mismatch(name, "the plan renumbers an axis that it doesn't cut", "cut it too")
+    for name in plan.grouped:
+        if name not in plan.by_axis:
+            raise _mismatch(name, "the plan groups an axis that it doesn't cut", "cut it too")
     for c in plan.cuts:
         if c.axis not in axes.by_name:
             raise _mismatch(c.axis, "the model has no such axis", near(c.axis, axes.by_name))
@@ -208,6 +216,10 @@ def _instead(axis: Axis, plan: Plan) -> str:
 
 def _pins(axes: Axes, axis: Axis, plan: Plan) -> tuple[Reason, ...]:
     """Returns what keeps a plan from cutting an axis."""
+    if axis.name in plan.grouped:
+        from surgeon.axes.grouped import obstacles
+
+        return obstacles(axes, axis, plan.by_axis[axis.name])
     if axis.name not in plan.renumbered:
         return axis.pins
     from surgeon.axes.renumber import pins_left
@@ -422,6 +434,7 @@ def merged(plans: Iterable[Plan]) -> Plan:
     branches: dict[str, None] = {}
     rewrites: dict[str, None] = {}
     renumbered: dict[str, None] = {}
+    grouped: dict[str, None] = {}
     factors: dict[str, int] = {}
     out = Plan()
     for plan in plans:
@@ -438,6 +451,7 @@ def merged(plans: Iterable[Plan]) -> Plan:
         branches.update(dict.fromkeys(plan.branches))
         rewrites.update(dict.fromkeys(plan.rewrites))
         renumbered.update(dict.fromkeys(plan.renumbered))
+        grouped.update(dict.fromkeys(plan.grouped))
         factors.update(plan.factors)
         out = replace(out, source=plan.source or out.source)
     return replace(
@@ -447,4 +461,5 @@ def merged(plans: Iterable[Plan]) -> Plan:
         rewrites=tuple(rewrites),
         renumbered=tuple(renumbered),
         factors=tuple(factors.items()),
+        grouped=tuple(grouped),
     )

@@ -23,6 +23,7 @@ ROLE_ORDER = (
     "hidden",
     "vocab",
     "kv_heads",
+    "q_heads",
     "q_per_kv",
     "rotary",
     "qk",
@@ -237,7 +238,8 @@ class _Settler:
             for atom in atoms:
                 role = tag
                 if tag in ("q_heads", "kv_heads"):
-                    role = "q_per_kv" if atom in repeated else "kv_heads"
+                    # Query heads are key/value heads as well, unless both are told apart.
+                    role = "q_per_kv" if atom in repeated else tag
                 elif tag == "qk" and atoms.count(atom) > 1:
                     role = "rotary"
                 elif tag == "repeated":

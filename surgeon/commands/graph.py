@@ -91,7 +91,7 @@ def _title(model: Model) -> str:
 
 def _opened(name: str, source: str | None, remote: bool) -> tuple[Model, Plan | None]:
     """Returns the model to draw, and the plan where `name` is what a prune wrote."""
-    from surgeon.opening import open_model, opening_origin
+    from surgeon.opening import for_plan, open_model, opening_origin
 
     folder = Path(name)
     if not (folder.is_dir() and (folder / PLAN_FILE).is_file()):
@@ -110,5 +110,5 @@ def _opened(name: str, source: str | None, remote: bool) -> tuple[Model, Plan | 
     plan, _ = read_plan(folder)
     before = source or dict(plan.source).get("id", "")
     with opening_origin(before, "this was made from", str(folder / PLAN_FILE)):
-        origin = open_model(before, trust_remote_code=remote)
+        origin = for_plan(open_model(before, trust_remote_code=remote), plan)
     return origin, check(origin.axes, plan)

@@ -19,7 +19,11 @@ def _vanish(f: Flow) -> Atoms:
     return wherever(f, [Atoms() if d == -2 else vanishing(f, v, d) for d in range(-rank, 0)])
 
 
-def _common(c: Context) -> tuple[tuple[Expr, ...], ...]:
+Operands = tuple[tuple[Expr, ...], ...]
+"""Expressions of query, key, value and result."""
+
+
+def _common(c: Context) -> Operands:
     q, k, v, out = (*(c.dims(c.op.arg(i)) for i in range(3)), c.out())
     c.equate(q[-1], k[-1])
     c.equate(out[-1], v[-1])
@@ -39,15 +43,37 @@ def _common(c: Context) -> tuple[tuple[Expr, ...], ...]:
     return q, k, v, out
 
 
-@rule("surgeon.attention", vanish=_vanish)
+ATTENTION = "surgeon.attention"
+
+APART = "query heads are dealt out to key/value heads by their numbers"
+"""Why neither can be cut by itself where they are told apart."""
+
+
+@rule(ATTENTION, vanish=_vanish)
 def attention(c: Context) -> None:
     """Query heads are key/value heads times their repetition; widths contract or pass."""
-    q, k, v, out = _common(c)
+    dims = _common(c)
+    q, k = dims[:2]
     heads, kv_heads = c.shape(c.op.arg(0))[1], c.shape(c.op.arg(1))[1]
     assert isinstance(heads, int) and isinstance(kv_heads, int)
     repeat = c.fresh(heads // kv_heads, "repeat")
     c.tag(repeat, "repeated")
     c.equate(q[1], k[1] + repeat)
+    _rest(c, dims)
+
+
+def attention_apart(c: Context) -> None:
+    """Query heads and key/value heads are axes of their own, for who gives them another ratio."""
+    dims = _common(c)
+    q, k = dims[:2]
+    c.pin(q[1], APART)
+    c.pin(k[1], APART)
+    _rest(c, dims)
+
+
+def _rest(c: Context, operands: Operands) -> None:
+    """What heads have to do with the rest, whether or not both kinds are told apart."""
+    q, k, v, out = operands
     c.equate(k[1], v[1])
     c.equate(out[1], q[1])
     padding, sinks = c.op.arg(3), c.op.kwarg("sinks")

@@ -8,7 +8,9 @@ from math import prod
 import torch
 
 from surgeon.axes.axes import Axes
-from surgeon.axes.plan import Selection
+from surgeon.axes.channels import along
+from surgeon.axes.grouped import unmasked
+from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import leaves
 
 Get = Callable[[str], torch.Tensor]
@@ -36,13 +38,39 @@ def removed(selection: Selection, name: str, tensor: torch.Tensor) -> torch.Tens
 
 
 def masked(selection: Selection, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a parameter in full shape with zeros where an index was removed."""
+    """Returns a parameter in full shape with zeros where an index was removed.
+
+    Heads that are alike lose none: one stands for all of its group.
+    """
+    if selection.plan.grouped:
+        selection = Selection(selection.axes, unmasked(selection.plan))
     if not any(selection.touches(e) for e in selection.axes.param_dims(name)):
         return tensor
     out = torch.zeros_like(tensor).reshape(-1)
     flat = torch.from_numpy(selection.flat(name))
     out[flat] = tensor.reshape(-1)[flat]
     return out.reshape(tensor.shape)
+
+
+def alike(axes: Axes, plan: Plan, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a full-size parameter in which all heads of a group are as its first, which stays.
+
+    Args:
+        axes: with heads told apart.
+        plan: with its groups.
+        name: of the parameter.
+        tensor: its values.
+    """
+    for axis_name in plan.grouped:
+        axis, count = axes.by_name[axis_name], plan.by_axis[axis_name].count
+        for dim in [m.dim for m in axis.members if m.param == name]:
+            for found in along(axes, axis, axes.param_dims(name)[dim]):
+                at = torch.from_numpy(found.reshape(count, axis.size // count, -1))
+                moved = tensor.movedim(dim, 0).clone()
+                own = moved[at]
+                moved[at] = own[:, :1].expand_as(own)
+                tensor = moved.movedim(0, dim).contiguous()
+    return tensor
 
 
 Normaliser = Callable[..., torch.Tensor]
