@@ -22,6 +22,7 @@ from tests import models
 
 pytestmark = pytest.mark.slow
 
+FIRST = ({"transform": "value_output"}, {"transform": "group_heads"})
 CHOICES = (
     {"score": "magnitude", "select": "uniform"},
     {"score": "wanda", "select": "ranked"},
@@ -37,6 +38,7 @@ LAST = (
     {"transform": "sparsify", "pattern": "2:4"},
     {"transform": "sparsify", "by": "sparsegpt", "ratio": 0.3},
     {"transform": "low_rank", "rank": 8, "by": "weights"},
+    {"transform": "group_heads", "by": "mean"},
 )
 
 
@@ -57,7 +59,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     passes: list[dict[str, Any]] = []
     budget: dict[str, Any] = {}
     if draw(st.booleans()):
-        passes += [{"transform": "value_output"}] if draw(st.booleans()) else []
+        passes += draw(st.lists(st.sampled_from(FIRST), max_size=2, unique_by=str))
         chosen = draw(st.sampled_from(CHOICES))
         passes += [{kind: name} for kind, name in chosen.items()]
         passes += draw(st.lists(st.sampled_from(COMPENSATES), max_size=2, unique_by=str))
