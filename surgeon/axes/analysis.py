@@ -63,6 +63,7 @@ class Facts:
     pins: list[PinFact] = field(default_factory=list[PinFact])
     uses: list[UseFact] = field(default_factory=list[UseFact])
     tags: list[tuple[Expr, str]] = field(default_factory=list[tuple[Expr, str]])
+    floors: list[tuple[Expr, int, int]] = field(default_factory=list[tuple[Expr, int, int]])
     barriers: list[int] = field(default_factory=list[int])
 
     def dims(self, name: str) -> tuple[Expr, ...]:
@@ -108,6 +109,9 @@ class _Context:
 
     def pin(self, expr: Expr, why: str) -> None:
         self._facts.pins.append(PinFact(expr, why, self._index))
+
+    def least(self, expr: Expr, count: int) -> None:
+        self._facts.floors.append((expr, count, self._index))
 
     def tag(self, expr: Expr, tag: str) -> None:
         self._facts.tags.append((expr, tag))

@@ -56,6 +56,7 @@ class Axis:
         normalisers: operations that average over it.
         gauge: the changes of basis that every use commutes with.
         uses: the kinds of use made of it.
+        least: how many of its indices have to stay: what a top-k chooses among them.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Axis:
     normalisers: tuple[int, ...] = ()
     gauge: Gauge = Gauge.ANY
     uses: tuple[str, ...] = ()
+    least: int = 1
 
     @property
     def prunable(self) -> bool:
@@ -225,6 +227,7 @@ class Axes:
                     "gauge": axis.gauge.text,
                     "uses": list(axis.uses),
                     "outer": list(axis.outer),
+                    **({"least": axis.least} if axis.least > 1 else {}),
                     "members": [
                         {
                             "param": m.param,
@@ -255,6 +258,8 @@ def to_text(axes: Axes) -> str:
     lines: list[str] = []
     for axis in axes.axes:
         line = f"{axis.name} : {axis.size} {axis.role}, {axis.gauge.text}"
+        if axis.least > 1:
+            line += f", at least {axis.least}"
         if axis.outer:
             line += ", within " + " × ".join(axis.outer)
         if axis.inexact:

@@ -8,6 +8,7 @@ from surgeon.ir.program import ParamRef, Program, Ref, op_refs
 
 ATTENTION = ("surgeon.attention", "aten.scaled_dot_product_attention.default")
 SPELLED = (*ATTENTION, "aten.softmax.int", "aten._softmax.default")
+TOPK = "aten.topk.default"
 ADD = "aten.add.Tensor"
 
 
@@ -39,6 +40,21 @@ def _ancestors(program: Program) -> list[int]:
                 bits |= out[program.producer[ref.name]]
         out.append(bits)
     return out
+
+
+def _attends(program: Program, index: int) -> bool:
+    """Whether an operation is attention, or the softmax of one that is spelled out.
+
+    The softmax of a router stands before or after a top-k, with no product in between.
+    """
+    op = program.ops[index]
+    if op.target not in SPELLED:
+        return False
+    if op.target in ATTENTION:
+        return True
+    around = [program.producer.get(r.name) for r in op_refs(op) if isinstance(r, Ref)]
+    around += program.consumers.get(op.outputs[0], ())
+    return not any(i is not None and program.ops[i].target == TOPK for i in around)
 
 
 def _same_shape(program: Program, index: int) -> bool:
@@ -156,7 +172,7 @@ def find_branches(program: Program) -> tuple[Branch, ...]:
             )
             if not any(len(program.param[name].type.shape) > 1 for name in own):
                 continue
-            kind = "attention" if any(program.ops[i].target in SPELLED for i in ops) else "mlp"
+            kind = "attention" if any(_attends(program, i) for i in ops) else "mlp"
             layer = program.ops[add].module
             base = f"{layer}/{kind}" if layer else kind
             names[base] = names.get(base, 0) + 1

@@ -120,7 +120,7 @@ class Budget:
         """
         size, multiple = axis.size, self.multiple(axis)
         gone = floor(min(share, self.limit(axis)) * size + 1e-9)
-        least = max(size - gone, 1)
+        least = max(size - gone, axis.least)
         found = np.arange(size // multiple, ceil(least / multiple) - 1, -1) * multiple
         whole = size % self.tensor_parallel == 0 or axis.role not in SPLIT
         if size % multiple and whole:

@@ -166,6 +166,7 @@ def check(axes: Axes, plan: Plan) -> Plan:
             `bad-plan` (indices out of order or range, or not rectangular).
     """
     from surgeon.axes.factors import check_factors
+    from surgeon.axes.floors import check_floors
 
     known = {b.name for b in axes.branches}
     for name in plan.branches:
@@ -199,6 +200,7 @@ def check(axes: Axes, plan: Plan) -> Plan:
             )
         _check_cut(axes, axis, c)
     check_factors(axes, plan)
+    check_floors(axes, Selection(axes, plan))
     own = {*axes.program.param, *Selection(axes, plan).halves}
     for name in plan.rewrites:
         if name not in own:
@@ -256,6 +258,8 @@ def _check_cut(axes: Axes, axis: Axis, c: Cut) -> None:
             try_="remove less, or drop whole branches with the role layers",
             data={"axis": c.axis, "size": axis.size},
         )
+    if array.shape[-1] < axis.least:
+        raise bad(f"{axis.least} of its indices have to stay, because that many are chosen at once")
     if array.min() < 0 or array.max() >= axis.size:
         raise bad(f"an index is outside 0…{axis.size - 1}")
     if (np.diff(array, axis=-1) <= 0).any():

@@ -10,6 +10,7 @@ from surgeon.axes.analysis import Facts, MaskFlow, derive, extent_number, key
 from surgeon.axes.axes import Axes, Axis, Member, Reason
 from surgeon.axes.branches import Branch, find_branches
 from surgeon.axes.contractions import contractions
+from surgeon.axes.floors import least_left
 from surgeon.axes.space import Expr, Sum, leaves, occurrences
 from surgeon.ir.program import Program, Ref, op_refs
 from surgeon.ops.rule import Gauge, OpRule
@@ -25,9 +26,11 @@ ROLE_ORDER = (
     "kv_heads",
     "q_heads",
     "q_per_kv",
+    "pair",
     "rotary",
     "qk",
     "v",
+    "experts",
     "ffn",
     "rank",
 )
@@ -90,6 +93,7 @@ class _Settler:
         pins = self._pins()
         gauges, uses = self._uses()
         outer = self._outer()
+        least = least_left(self.facts)
         sizes = {
             a: extent_number(self.facts.space.extents[a])
             for exprs in self.dims.values()
@@ -124,6 +128,7 @@ class _Settler:
                 tuple(self.flow.normalisers.get(atom, ())),
                 gauges.get(atom, Gauge.ANY),
                 tuple(sorted(uses.get(atom, ()))),
+                least.get(atom, 1),
             )
         labels = {k: self.resolved(e) for k, e in self.facts.labels.items()}
         for expr in labels.values():
@@ -230,9 +235,11 @@ class _Settler:
 
     def _roles(self) -> dict[int, str]:
         found: dict[int, set[str]] = {}
-        repeated = {
-            a for e, t in self.facts.tags if t == "repeated" for a in leaves(self.resolved(e))
-        }
+        tagged: dict[str, set[int]] = {"repeated": set(), "paired": set()}
+        for expr, tag in self.facts.tags:
+            if tag in tagged:
+                tagged[tag].update(leaves(self.resolved(expr)))
+        repeated, paired = tagged["repeated"], tagged["paired"]
         for expr, tag in self.facts.tags:
             atoms = list(leaves(self.resolved(expr)))
             for atom in atoms:
@@ -240,9 +247,9 @@ class _Settler:
                 if tag in ("q_heads", "kv_heads"):
                     # Query heads are key/value heads as well, unless both are told apart.
                     role = "q_per_kv" if atom in repeated else tag
-                elif tag == "qk" and atoms.count(atom) > 1:
+                elif tag == "qk" and (atoms.count(atom) > 1 or atom in paired):
                     role = "rotary"
-                elif tag == "repeated":
+                elif tag in tagged:
                     continue
                 found.setdefault(atom, set()).add(role)
         for branch in self.branches:

@@ -52,6 +52,7 @@ _KINDS = {
     InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant",
 }
+_OURS = {f"surgeon.{name}.default": f"surgeon.{name}" for name in ("attention", "dispatch")}
 _UNBACKED = re.compile(r"\b(?:u|zuf)\d+\b")
 _NESTED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Operations that only run a nested graph, and which argument that graph is."""
@@ -222,7 +223,7 @@ class _Reader:
     def operation(
         self, node: Node, target: str, tensors: list[torch.Tensor], env: Mapping[Node, Any]
     ) -> Op:
-        target = {"surgeon.attention.default": "surgeon.attention"}.get(target, target)
+        target = _OURS.get(target, target)
         args = [self.arg(a, env) for a in node.args]
         kwargs = {k: self.arg(a, env) for k, a in node.kwargs.items() if k not in PLACEMENT}
         schema = getattr(node.target, "_schema", None)

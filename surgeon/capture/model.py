@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from surgeon.capture.attention import NAME, register
+from surgeon.capture.experts import register_experts
 from surgeon.capture.exported import DTYPES, read, renumbered
 from surgeon.capture.repeat import Layers, expand, find_layers, short_circuit
 from surgeon.errors import Code, SurgeonError
@@ -208,6 +209,7 @@ def capture_model(
         meta_config._attn_implementation = register()
     elif before == NAME:
         meta_config._attn_implementation = "eager"
+    meta_config._experts_implementation = register_experts()
     where = f"{type(model).__name__}"
     try:
         with _static_rope(meta) as guards:

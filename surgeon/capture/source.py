@@ -33,6 +33,7 @@ from surgeon.capture.configs import (
     quantised,
     read_config,
 )
+from surgeon.capture.fused import FusedWeights, fusions
 from surgeon.capture.gguf_file import GGUFHeader, GGUFWeights
 from surgeon.capture.layered import OverlayWeights
 from surgeon.capture.weights import (
@@ -357,7 +358,12 @@ def _from_folder(folder: Path, name: str, kind: Kind, trust_remote_code: bool) -
             "config.json alone can be inspected",
         )
     meta: Any = on_meta(cls, config, str(folder))
-    weights = SafetensorsWeights(folder, _ties(meta), lambda stored: _renames(stored, meta))
+    weights = FusedWeights(
+        folder,
+        _ties(meta),
+        lambda stored: _renames(stored, meta),
+        lambda stored: fusions(stored, meta),
+    )
     return Source(
         id=name,
         kind=kind,

@@ -327,7 +327,7 @@ class SafetensorsWeights(Weights):
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 over names, element types, shapes and the first bytes of each."""
-        return self._fingerprint(_file_heads(self._entries))
+        return self._fingerprint(file_heads(self._entries))
 
 
 def _values(entry: _Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -347,7 +347,7 @@ def _values(entry: _Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).reshape(shape)
 
 
-def _file_heads(
+def file_heads(
     entries: Mapping[str, _Entry],
 ) -> Iterator[tuple[str, object, tuple[int, ...], bytes]]:
     """Metadata and first bytes of tensors, each file opened once."""

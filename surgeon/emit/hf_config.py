@@ -9,12 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from surgeon.emit.layers import LayerShape
 
 HIDDEN = ("hidden_size", "n_embd", "word_embed_proj_dim")
 FFN = ("intermediate_size", "ffn_dim", "n_inner")
+EXPERT_FFN = ("moe_intermediate_size",)
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERT_GROUPS = ("n_group",)
+SHARED_FFN = ("shared_expert_intermediate_size",)
+SHARED = ("n_shared_experts",)
+"""How many experts' widths make up that of the MLP beside them."""
 HEADS = ("num_attention_heads", "n_head")
 KV_HEADS = ("num_key_value_heads",)
 HEAD_DIM = ("head_dim",)
@@ -79,6 +86,25 @@ def _sliced(data: dict[str, Any], depth: int, kept: Sequence[int]) -> None:
             data[name] = [value[i] for i in kept]
 
 
+def _set_mlps(data: dict[str, Any], config: Any, shape: Shape) -> None:
+    """Sets the widths of dense layers, and count, groups and width of experts in the others."""
+    dense = next((s.ffn for s in shape.layers if not s.expert_ffn and s.ffn), 0)
+    if dense:
+        _set(data, config, FFN, dense)
+    mixed = next((s for s in shape.layers if s.expert_ffn), None)
+    if mixed is None:
+        return
+    own = any(name in data for name in EXPERT_FFN)
+    _set(data, config, EXPERT_FFN if own else FFN, mixed.expert_ffn)
+    _set(data, config, EXPERTS, prod(mixed.experts))
+    if len(mixed.experts) > 1:
+        _set(data, config, EXPERT_GROUPS, mixed.experts[0])
+    if mixed.ffn:
+        _set(data, config, SHARED_FFN, mixed.ffn)
+    if mixed.ffn and mixed.ffn % mixed.expert_ffn == 0:
+        _set(data, config, SHARED, mixed.ffn // mixed.expert_ffn)
+
+
 def original(config: Any, model_class: type, shape: Shape) -> Candidate:
     """Returns the source's own class with the new sizes.
 
@@ -91,8 +117,7 @@ def original(config: Any, model_class: type, shape: Shape) -> Candidate:
     first = shape.layers[0]
     _set(data, config, HIDDEN, shape.hidden)
     _set(data, config, DEPTH, len(shape.kept_layers))
-    if first.ffn:
-        _set(data, config, FFN, first.ffn)
+    _set_mlps(data, config, shape)
     if first.heads:
         _set(data, config, HEADS, first.heads)
         _set(data, config, KV_HEADS, first.kv_heads)

@@ -158,8 +158,11 @@ def _differences(layers: tuple[LayerShape, ...], products: int) -> str:
     for what in ("attention", "mlp"):
         if any(not getattr(s, what) for s in layers):
             found.append(f"layers lack their {'MLP' if what == 'mlp' else what}")
-    both = [s.widths for s in layers if s.attention and s.mlp]
-    if len(set(both)) > 1:
+    whole = [s for s in layers if s.attention and s.mlp]
+    # Dense layers before those with experts have a width of their own.
+    kinds = [[s.widths for s in whole if bool(s.expert_ffn) == mixed] for mixed in (False, True)]
+    attention = {s.attention_widths for s in whole}
+    if len(attention) > 1 or any(len(set(widths)) > 1 for widths in kinds):
         found.insert(0, "its layers differ in width")
     if products:
         found.append(f"{TWO_MAPS} ({products} times)")

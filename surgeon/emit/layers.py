@@ -11,6 +11,7 @@ from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import leaves
 from surgeon.ir.program import Op, ParamRef, Ref
 
+DISPATCH = "surgeon.dispatch"
 _PROJECTIONS = {"aten.linear.default": 0, "aten.addmm.default": 1}
 """Operations that contract with a weight, and which argument they contract."""
 
@@ -20,7 +21,9 @@ class LayerShape:
     """Widths of one layer; 0 where the branch is missing.
 
     `qk` is the width of one query or key head, `v` of one value head; `window` and `scale` are
-    the attention's own literals. Where the model spells its attention out (`spelled`), nothing
+    the attention's own literals. Of a mixture of experts `experts` are the groups that they are
+    chosen in, if there are any, and how many each has; `expert_ffn` is the width of one, and `ffn`
+    that of the MLP beside it. Where the model spells its attention out (`spelled`), nothing
     says which of its sizes are heads, and all of these are 0.
     """
 
@@ -30,6 +33,8 @@ class LayerShape:
     qk: int = 0
     v: int = 0
     ffn: int = 0
+    experts: tuple[int, ...] = ()
+    expert_ffn: int = 0
     scale: float = 0.0
     window: int | None = None
     spelled: bool = False
@@ -42,12 +47,17 @@ class LayerShape:
     @property
     def mlp(self) -> bool:
         """Whether the layer has an MLP."""
-        return self.ffn > 0
+        return self.ffn > 0 or self.expert_ffn > 0
 
     @property
     def widths(self) -> tuple[object, ...]:
         """Everything but the place and the window: what must agree for a uniform model."""
-        return (self.heads, self.kv_heads, self.qk, self.v, self.ffn, self.scale, self.spelled)
+        return (*self.attention_widths, self.ffn, self.experts, self.expert_ffn)
+
+    @property
+    def attention_widths(self) -> tuple[object, ...]:
+        """Everything that the attention's place in the model doesn't say."""
+        return (self.heads, self.kv_heads, self.qk, self.v, self.scale, self.spelled)
 
 
 def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, object]:
@@ -57,6 +67,9 @@ def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, objec
         return _attention(axes, selection, attention[0])
     if branch.kind == "attention":
         return {"spelled": True}
+    sent = next((op for op in ops if op.target == DISPATCH), None)
+    if sent is not None:
+        return _mixture(axes, selection, sent, ops)
     # The width is read off the last projection, so that it is found where it is 1 and no axis.
     made = {op.outputs[0]: op for op in ops if op.target in _PROJECTIONS}
     for op in reversed(ops):
@@ -68,6 +81,16 @@ def _branch(axes: Axes, selection: Selection, branch: Branch) -> dict[str, objec
             key = _key(op, _PROJECTIONS[op.target])
         return {"ffn": selection.width(axes.dims[key][-1])}
     return {}
+
+
+def _mixture(axes: Axes, selection: Selection, sent: Op, ops: list[Op]) -> dict[str, object]:
+    """Reads off the last product before experts are summed how wide each is."""
+    chosen = axes.dims["%" + sent.outputs[0]][-1]
+    inner = [op for op in ops if op.target == "aten.matmul.default"]
+    return {
+        "experts": tuple(selection.width((factor,)) for factor in chosen),
+        "expert_ffn": selection.width(axes.dims[_key(inner[-1], 0)][-1]),
+    }
 
 
 def _attention(axes: Axes, selection: Selection, op: Op) -> dict[str, object]:

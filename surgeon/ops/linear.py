@@ -15,6 +15,7 @@ MAPS = tuple(
     )
 )
 """What may stand between the products of spelled-out attention and its softmax."""
+REORDERED = ("aten.transpose.int", "aten.permute.default", "aten.t.default")
 BOTH_LIVE = "it is summed over in a product of two activations that don't vanish when masked"
 
 
@@ -116,8 +117,9 @@ def matmul(c: Context) -> None:
         for k in range(3, len(dims) + 1):
             if shape[-k] != 1 or c.op.types[0].shape[-k] == 1:
                 c.equate(out[-k], dims[-k])
-    if isinstance(c.op.arg(1), ParamRef):
+    if _is_weight(c, c.op.arg(1)):
         c.use(b[-1], "produce", Gauge.ANY)
+        out = out[:-1]
     for dim in out:
         c.use(dim, "batch", Gauge.ANY)
     scores = spelled_attention(c)
@@ -129,6 +131,16 @@ def matmul(c: Context) -> None:
             c.tag(dim, "q_heads")
         for dim in k[1:-2]:
             c.tag(dim, "kv_heads")
+
+
+def _is_weight(c: Context, arg: Arg) -> bool:
+    """Whether an operand is a parameter, its dimensions perhaps in another order."""
+    while isinstance(arg, Ref) and arg.name in c.program.producer:
+        op = c.program.ops[c.program.producer[arg.name]]
+        if op.target not in REORDERED:
+            return False
+        arg = op.arg(0)
+    return isinstance(arg, ParamRef)
 
 
 def spelled_attention(c: Context) -> Op | None:

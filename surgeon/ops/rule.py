@@ -87,6 +87,10 @@ class Context(Protocol):
         """Keeps the axes of an expression from being pruned."""
         ...
 
+    def least(self, expr: Expr, count: int) -> None:
+        """Records that no fewer than `count` indices of an expression may be left."""
+        ...
+
     def tag(self, expr: Expr, tag: str) -> None:
         """Records a fact from which roles are derived."""
         ...

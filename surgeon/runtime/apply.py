@@ -12,6 +12,7 @@ from surgeon.axes.channels import along
 from surgeon.axes.grouped import unmasked
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import leaves
+from surgeon.runtime.routing import kept_choices
 
 Get = Callable[[str], torch.Tensor]
 
@@ -139,7 +140,7 @@ def kept_only(
         selection: what is removed.
         program_ops: the index, in the reference program, of the operation that makes each value.
     """
-    out: dict[int, Normaliser] = {}
+    out: dict[int, Normaliser] = kept_choices(axes, selection, program_ops)
     for op in axes.program.ops:
         make = _KEPT_ONLY.get(op.target)
         index = program_ops.get(op.outputs[0])

@@ -134,6 +134,17 @@ def _repeated(x: torch.Tensor, times: int) -> torch.Tensor:
     return x.unsqueeze(2).expand(b, h, times, t, d).reshape(b, h * times, t, d)
 
 
+def dispatch(index: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
+    """Returns each token's weight for each expert `[N, experts]`, 0 where it isn't sent.
+
+    Args:
+        index: the experts that each token is sent to, `[N, K]`.
+        weights: their weights `[N, K]`.
+        experts: how many there are.
+    """
+    return weights.new_zeros(weights.shape[0], experts).scatter(1, index, weights)
+
+
 def _target(name: str) -> Callable[..., Any]:
     try:
         return reduce(getattr, name.split("."), torch.ops)
@@ -213,6 +224,8 @@ class _Builder:
             causal, window = kwargs.pop("causal"), kwargs.pop("window", None)
             bias = self.bias(op, q, k, padding[0] if padding else None, causal, window)
             call, args = attend, (q, k, v, bias)
+        elif target == "surgeon.dispatch":
+            call = dispatch
         elif target == "aten.to.dtype" and type_of(op.arg(0)).dtype != op.types[0].dtype:
             # What `to` comes to where the type differs; unlike `to`, every exporter knows it.
             call, args, kwargs = torch.ops.aten._to_copy.default, args[:1], {"dtype": args[1]}
