@@ -91,10 +91,18 @@ def check_factors(origin: Model, recipe: Recipe, passes: Passes) -> None:
             "rounds has one rank for a map",
             try_=f"a schedule without it, and --transform {passes.factors[0].name} on its result",
         )
-    if recipe.target == "transformers" and origin.source is not None:
-        from surgeon.emit.huggingface import check_factors as expressible
+    from surgeon.emit.target import TRANSFORMERS, Refusal, all_graphs, names_of, refusal
 
-        expressible(origin.source.config, origin.source.model_class)
+    for name in names_of(recipe.target) if origin.source is not None else ():
+        if name == TRANSFORMERS:
+            from surgeon.emit.huggingface import check_factors as expressible
+
+            expressible(origin.source.config, origin.source.model_class)
+        elif not all_graphs((name,)):
+            from surgeon.emit.products import TWO_MAPS
+
+            found = Refusal("", f"{TWO_MAPS} ({passes.factors[0].label})", "--to transformers")
+            raise refusal(name, [found])
 
 
 def budget_of(origin: Model, recipe: Recipe) -> Budget:
@@ -107,6 +115,8 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
     asked = recipe.budget
     multiples = multiples_of(origin, recipe.target)
     axes, branches = allowed(origin.axes, asked.freeze, asked.only)
+    alone = _whole(origin, recipe)
+    axes, branches = axes - alone.keys(), branches - alone.keys()
     counted = decoder_params(origin.axes)
     clock = None
     if asked.latency is not None:
@@ -140,18 +150,55 @@ def budget_of(origin: Model, recipe: Recipe) -> Budget:
 
 
 def multiples_of(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
-    """Returns what tells, when asked, which multiples a target wants; refuses an unknown one."""
-    if target != "transformers":
-        from surgeon.emit.target import get_target
+    """Returns what tells, when asked, which multiples the targets want.
 
-        found = get_target(target)
-        return lambda: found.multiple_of(origin.axes)
+    Raises:
+        SurgeonError: `bad-option` for a target that there isn't, `target-refused` for one that can't
+            express the model even as it is.
+    """
+    from surgeon.axes.plan import Plan
+    from surgeon.emit.target import TRANSFORMERS, check_targets, get_target, names_of
+
+    names = names_of(target)
+    check_targets(names, origin.axes, Plan(), origin)
     source = origin.source
-    if source is None:
-        return dict[str, int]
-    from surgeon.emit.huggingface import multiple_of
 
-    return lambda: multiple_of(origin.axes, source.config, source.model_class)
+    def wanted() -> Mapping[str, int]:
+        out: dict[str, int] = {}
+        for name in names:
+            found: Mapping[str, int] = {}
+            if name != TRANSFORMERS:
+                found = get_target(name).multiple_of(origin.axes)
+            elif source is not None:
+                from surgeon.emit.huggingface import multiple_of
+
+                found = multiple_of(origin.axes, source.config, source.model_class)
+            for axis, number in found.items():
+                out[axis] = lcm(number, out.get(axis, 1))
+        return out
+
+    return wanted
+
+
+def _whole(origin: Model, recipe: Recipe) -> Mapping[str, str]:
+    """Returns the axes and branches that a target wants whole, with its reason.
+
+    Raises:
+        SurgeonError: `target-refused` where a role is to be cut that has no others.
+    """
+    from surgeon.emit.target import TRANSFORMERS, Refusal, get_target, names_of, refusal
+
+    out: dict[str, str] = {}
+    asked = recipe.budget.roles
+    for name in names_of(recipe.target):
+        found = {} if name == TRANSFORMERS else get_target(name).whole(origin.axes, asked)
+        for role in asked:
+            own = [axis.name for axis in origin.axes.of_role(role)]
+            if own and found.keys() >= set(own):
+                why = f"--role {role} can't be met: {found[own[0]]}"
+                raise refusal(name, [Refusal(own[0], why, f"leave --role {role} out")])
+        out.update(found)
+    return out
 
 
 def stored_of(recipe: Recipe) -> Stored | None:

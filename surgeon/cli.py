@@ -81,21 +81,24 @@ def verify(
 @app.command()
 def export(
     model: ModelArg,
-    to: Annotated[str, typer.Option(help="onnx or pt2")],
+    to: Annotated[str, typer.Option("--to", "--target", help="onnx, pt2, gguf or vllm")],
     out: Annotated[
         Path,
-        typer.Option("-o", "--output", help="file to write, or for onnx a folder to run"),
+        typer.Option("-o", "--output", help="file to write; or a folder, for all but pt2"),
     ],
     style: Annotated[
         str | None,
         typer.Option(help="of ONNX: ort (the default), standard, or generic, without a cache"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="of ONNX: fp32, fp16 or bf16")] = "fp32",
+    dtype: Annotated[
+        str | None, typer.Option(help="of ONNX (fp32 by default) and GGUF: fp32, fp16 or bf16")
+    ] = None,
     positions: Annotated[
         int | None, typer.Option(help="longest sequence; the configuration's by default")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="of ONNX: weights in fewer bits: int4, w8, or int8 for CPUs")
+        str | None,
+        typer.Option(help="weights in fewer bits; ONNX: int4, w8, or int8 for CPUs; GGUF: q8_0"),
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="neighbouring weights that share a scale; 32 by default")
@@ -109,7 +112,7 @@ def export(
     ] = False,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Write a model as an ONNX graph or a torch.export program."""
+    """Write a model for a runtime: ONNX Runtime, torch, llama.cpp or vLLM."""
     from surgeon import exporting
 
     found = exporting.export(

@@ -9,8 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon import formats
 from surgeon.axes.plan import Plan
-from surgeon.errors import Code, SurgeonError, near
+from surgeon.errors import Code, SurgeonError, near, no_weights
 from surgeon.pipeline import Model, open_model, prune, versions
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def export(
     path: Path,
     *,
     style: str | None = None,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     positions: int | None = None,
     quantize: str | None = None,
     block_size: int | None = None,
@@ -245,18 +246,20 @@ def export(
     check: bool = True,
     trust_remote_code: bool = False,
 ) -> Exported:
-    """Writes a model as a graph and returns what was written.
+    """Writes a model for a runtime, as a graph or in a format of its own; returns what was written.
 
     Args:
         model: anything that `open_model` takes.
-        to: `onnx` or `pt2`.
+        to: `onnx`, `pt2`, `gguf` or `vllm`.
         path: a file with the target's suffix gets the graph (large weights beside it); for `onnx`
-            any other path is a folder that ONNX Runtime and onnxruntime-genai run as it is.
+            any other path is a folder that ONNX Runtime and onnxruntime-genai run as it is, for
+            `gguf` one with the file `model.gguf`.
         style: of an ONNX graph: `ort`, `standard` or `generic`; see `Options`.
-        dtype: of an ONNX graph: `fp32`, `fp16` or `bf16`.
+        dtype: `fp32`, `fp16` or `bf16`: of an ONNX graph (fp32 without it), or of a GGUF file's
+            matrices (without it as the source stores them).
         positions: the longest sequence of an ONNX graph; by default the configuration's.
-        quantize: store the weights of an ONNX graph in fewer bits: `int4`, `w8` or `int8`; see
-            `Scheme`.
+        quantize: store weights in fewer bits: those of an ONNX graph by `int4`, `w8` or `int8`, see
+            `Scheme`; those of a GGUF file by `q8_0`.
         block_size: neighbouring weights that share a scale; 32 without it.
         rounding: of the weights: `nearest`, the default, or `k-quant`.
         overwrite: replace an earlier result.
@@ -275,9 +278,20 @@ def export(
             Code.BAD_OPTION,
             f"{to!r} is no export target",
             at="--to",
-            why="graphs are written as ONNX or as a torch.export program",
+            why="one at a time is written of " + ", ".join(known),
             try_=near(to, known),
         )
+    if known[to].kind == "checkpoint":
+        odd = {"--style": style, "--positions": positions, "--rounding": rounding}
+        odd["--block-size"] = block_size
+        if to != "gguf":
+            odd |= {"--dtype": dtype, "--quantize": quantize}
+        for option, given in odd.items():
+            if given is not None:
+                raise formats.no_option(to, option)
+        kind = _gguf_type(dtype, quantize)
+        opening = {"trust_remote_code": trust_remote_code}
+        return _export_format(model, to, path, opening, kind, overwrite=overwrite, check=check)
     if to != "onnx" and quantize is not None:
         raise SurgeonError(
             Code.BAD_OPTION,
@@ -286,6 +300,7 @@ def export(
             why="the rounding and the kernels are ONNX Runtime's",
             try_="--to onnx, or leave --quantize out",
         )
+    dtype = dtype or "fp32"
     if to != "onnx" and (style is not None or dtype != "fp32" or positions is not None):
         raise SurgeonError(
             Code.BAD_OPTION,
@@ -353,6 +368,77 @@ def _scheme(name: str | None, block_size: int | None, rounding: str | None) -> A
             try_=f"--quantize int4 with {option}, or leave it out",
         )
     return None
+
+
+def _gguf_type(dtype: str | None, quantize: str | None) -> str:
+    """Returns the type asked for of a GGUF file's matrices; empty for the source's own."""
+    from surgeon.emit.gguf_target import TYPES
+
+    asked = quantize or dtype or ""
+    what, known = ("--quantize", ["q8_0"]) if quantize else ("--dtype", [*TYPES][:3])
+    if (quantize and dtype) or (asked and asked not in known):
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            f"a GGUF file has no type {asked!r}"
+            if asked not in known
+            else "a GGUF file's matrices have one type",
+            at=f"--to gguf {what} {asked}",
+            why="its matrices are written in fp32, fp16 or bf16, or packed as q8_0; llama.cpp's own "
+            "llama-quantize makes the others of these",
+            try_=f"{what} " + " or ".join(known),
+        )
+    return asked
+
+
+def _export_format(
+    model: str | Model,
+    to: str,
+    path: Path,
+    opening: Mapping[str, Any],
+    kind: str,
+    *,
+    overwrite: bool,
+    check: bool,
+) -> Exported:
+    """Writes a model in a runtime's own format, into a file or a folder."""
+    from surgeon.emit.files import (
+        MARKER,
+        check_output,
+        check_output_file,
+        output_file,
+        output_folder,
+    )
+
+    alone = to == "gguf" and path.suffix == ".gguf"
+    (check_output_file if alone else check_output)(path, overwrite=overwrite)
+    opened = open_model(model, **opening)
+    whole = prune(opened, plan=Plan(), verify=False, target=to)
+    if opened.tensors is None:
+        raise no_weights(opened.id)
+    options: dict[str, Any] = {"kind": kind} if to == "gguf" else {}
+    room = formats.need_bytes(whole)
+    if alone:
+        with output_file(path, overwrite=overwrite, need_bytes=room) as file:
+            facts, found = formats.write(
+                whole, to, file.parent, verify=check, **options, name=file.name
+            )
+    else:
+        with output_folder(path, overwrite=overwrite, need_bytes=room) as folder:
+            facts, found = formats.write(whole, to, folder, verify=check, **options)
+            report = {
+                "source": {"id": opened.id, "hash": opened.fingerprint()},
+                "target": {key: value for key, value in facts.items() if key != "notes"},
+                "notes": facts["notes"],
+                "versions": versions(),
+            }
+            text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+            (folder / MARKER).write_text(text, encoding="utf-8")
+    notes = tuple(facts.pop("notes"))
+    said = f"wrote {path}: {facts['architecture']}, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB"
+    if found is not None:
+        said += f", within {found.largest:.1e} of the model's values; every tensor read back"
+        facts["largest_difference"] = found.largest
+    return Exported(path, said, facts, notes)
 
 
 def _export_folder(

@@ -161,16 +161,15 @@ def prune_iteratively(
 
 def _read(folder: str | Path, source: Any, trust_remote_code: bool) -> Pruned:
     """Returns what an earlier prune wrote, with its record."""
-    from surgeon.saving import REPORT_FILE, read_plan, written_graph
+    from surgeon.saving import REPORT_FILE, read_plan, written
 
     path = Path(folder)
     plan, rewrites = read_plan(path)
-    graph = written_graph(path)
     name = dict(plan.source).get("id", "")
     if source is None:
         with opening_origin(name, "the plan was made from", name or "the plan's source"):
             source = open_model(name, trust_remote_code=trust_remote_code)
-    target = graph.name if graph else "transformers"
+    target = ",".join(written(path))
     found = prune(
         source,
         plan=plan,

@@ -62,13 +62,17 @@ def check_scheme(scheme: Scheme | None, target: str, id: str) -> None:
     if scheme is None:
         return
     if target != "transformers":
+        if "gguf" in target.split(","):
+            try_ = "surgeon prune --to transformers, then surgeon export OUT --to gguf --quantize q8_0"
+        else:
+            try_ = "surgeon prune first, then surgeon export OUT --to onnx --quantize int4"
         raise SurgeonError(
             Code.TARGET_REFUSED,
             f"a result for {target} isn't quantised here",
             at=id,
-            why="these schemes are of Transformers checkpoints; a graph's rounding and kernels "
-            "are ONNX Runtime's",
-            try_="surgeon prune first, then surgeon export OUT --to onnx --quantize int4",
+            why="these schemes are of Transformers checkpoints; other runtimes have roundings and "
+            "kernels of their own",
+            try_=try_,
         )
     scheme.need_library()
 

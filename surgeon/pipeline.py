@@ -12,6 +12,7 @@ from surgeon.asking import budget_of, check_asked, check_factors, data_of, multi
 from surgeon.axes.budget import Measure
 from surgeon.axes.factors import check_halves
 from surgeon.axes.plan import Plan, Selection, check
+from surgeon.emit.target import check_targets, names_of
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
@@ -123,7 +124,8 @@ def prune(
         example_inputs: for a module that is not of Transformers.
         dynamic_shapes: the same.
         trust_remote_code: run modelling code that comes with a checkpoint.
-        target: `transformers`, or a graph target (`pt2`, `onnx`), which can express any plan.
+        target: `transformers`, `vllm` or `gguf`, or a graph target (`pt2`, `onnx`), which can
+            express any plan; several with commas between them, and the plan keeps to all their rules.
         schedule: keys of a recipe's schedule: `rounds`, `shape`, `stop_if_worse_than`.
         rounds: folder where finished rounds of a recipe's schedule are kept, from which a run after
             an interruption goes on.
@@ -317,6 +319,7 @@ def _result(origin: Model, plan: Plan, rewrites: Mapping[str, Any], target: str)
     check(origin.axes, plan)
     _same_source(origin, plan)
     check_halves(Selection(origin.axes, plan), rewrites)
+    check_targets(names_of(target), origin.axes, plan, origin)
     if origin.tensors is not None:
         plan = replace(plan, source=(("fingerprint", origin.fingerprint()), ("id", origin.id)))
     return Pruned(origin, plan, _NO_REPORT, dict(rewrites), target)
@@ -366,7 +369,8 @@ def verify(
     Raises:
         SurgeonError: `verify-failed`, `plan-mismatch`, or why one of both can't be read.
     """
-    from surgeon.saving import read_plan, verify_folder, written_graph
+    from surgeon.report.verify import together
+    from surgeon.saving import read_plan, verify_written, written
 
     folder = Path(folder)
     plan, rewrites = read_plan(folder)
@@ -375,13 +379,13 @@ def verify(
         if source is None
         else open_model(source, trust_remote_code=trust_remote_code)
     )
-    graph = written_graph(folder)
-    target = graph.name if graph else "transformers"
+    places = written(folder)
+    target = ",".join(places)
     again = prune(origin, plan=plan, rewrites=rewrites, verify=False, target=target)
-    if graph:
-        return graph.verify(again)
-    tokenizer = again.source.load_tokenizer() if again.source else None
-    return verify_folder(again, folder, tokenizer, trust_remote_code=trust_remote_code)
+    return together(
+        verify_written(again, name, place, trust_remote_code=trust_remote_code)
+        for name, place in places.items()
+    )
 
 
 def _origin_of(plan: Plan, trust_remote_code: bool) -> Model:

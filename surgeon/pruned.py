@@ -81,9 +81,18 @@ class Pruned:
     quantize: Scheme | None = None
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """What it is written for, in the order in which that was asked for."""
+        from surgeon.emit.target import names_of
+
+        return names_of(self.target)
+
+    @property
     def is_graph(self) -> bool:
         """Whether the result is a graph rather than a Transformers model."""
-        return self.origin.source is None or self.target != "transformers"
+        from surgeon.emit.target import all_graphs
+
+        return self.origin.source is None or all_graphs(self.targets)
 
     @property
     def changed(self) -> bool:

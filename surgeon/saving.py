@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgeon import formats
 from surgeon.axes.plan import Plan, dropped
 from surgeon.axes.renumber import MAP_FILE
 from surgeon.capture.configs import config_and_class, quantised, read_config
@@ -18,7 +20,8 @@ from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
-from surgeon.emit.target import find_targets, get_target
+from surgeon.emit.hf_config import VLLM_TYPE
+from surgeon.emit.target import TRANSFORMERS, find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
 from surgeon.report.curve import curve, curves_of
@@ -36,59 +39,124 @@ PAGE_FILE = "report.html"
 CURVE_FILE = "loss.svg"
 
 
+@dataclass(frozen=True)
+class Form:
+    """What was written for one target.
+
+    Attributes:
+        target: what a report says of it.
+        notes: what the user should know of it.
+        verification: how it compares with the masked reference, where that was asked for.
+        seconds: by what they were spent on.
+    """
+
+    target: Mapping[str, Any]
+    notes: tuple[str, ...]
+    verification: v.Verification | None
+    seconds: Mapping[str, float]
+
+
 def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
     """Writes the result into the folder `path` and returns the completed report.
+
+    Several targets have a folder each in it, by their names.
 
     Raises:
         SurgeonError: `bad-output`, `disk-full`, `target-refused`, `verify-failed`.
     """
     if pruned.origin.tensors is None:
         raise no_weights(pruned.origin.id)
-    if pruned.is_graph:
-        return _save_graph(pruned, path, overwrite=overwrite, verify=verify)
+    names = pruned.targets
+    if pruned.source is None:  # a module has no class: its program is written
+        names = tuple("pt2" if name == TRANSFORMERS else name for name in names)
+    each = {name: replace(pruned, target=name) if len(names) > 1 else pruned for name in names}
+    need = sum(_need(one, name) for name, one in each.items())
+    report = pruned.report
+    with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
+        forms: dict[str, Form] = {}
+        for name, one in each.items():
+            place = folder if len(names) == 1 else folder / name
+            place.mkdir(exist_ok=True)
+            forms[name] = _written(one, name, place, verify=verify)
+        write_plan(folder, pruned)
+        report = _told(report, forms)
+        write_report(folder, pruned, report)
+    return report
+
+
+def _told(report: Report, forms: Mapping[str, Form]) -> Report:
+    """Returns a report that tells of what was written."""
+    told = tuple(forms.values())
+    target = told[0].target
+    if len(told) > 1:
+        size = sum(form.target["bytes"] for form in told)
+        every = {name: form.target for name, form in forms.items()}
+        target = {"name": ",".join(forms), "bytes": size, "targets": every}
+    notes = dict.fromkeys((*report.notes, *(note for form in told for note in form.notes)))
+    seconds = dict(report.seconds)
+    for form in told:
+        for what, spent in form.seconds.items():
+            seconds[what] = seconds.get(what, 0.0) + spent
+    report = replace(report, notes=tuple(notes), target=target, seconds=seconds)
+    found = [form.verification for form in told if form.verification is not None]
+    return replace(report, verification=v.together(found).to_json()) if found else report
+
+
+def _need(pruned: Pruned, name: str) -> int:
+    """Returns about how many bytes a target takes."""
+    if name == TRANSFORMERS:
+        emission = pruned.emission
+        return sum(
+            pruned.dtype(old).itemsize * prod(pruned.selection.shape(old)) for old in emission.names
+        )
+    if get_target(name).kind == "checkpoint":
+        return formats.need_bytes(pruned)
+    return sum(4 * prod(pruned.selection.shape(p.name)) for p in pruned.program.params)
+
+
+def _written(pruned: Pruned, name: str, folder: Path, *, verify: bool) -> Form:
+    """Writes a result for one target into an existing folder."""
+    if name == TRANSFORMERS:
+        return _checkpoint(pruned, folder, verify=verify)
+    if get_target(name).kind == "graph":
+        return _graph(pruned, name, folder, verify=verify)
+    start = time.perf_counter()
+    facts, found = formats.write(pruned, name, folder, verify=verify)
+    notes = tuple(facts.pop("notes"))
+    return Form(facts, notes, found, {"write": time.perf_counter() - start})
+
+
+def _checkpoint(pruned: Pruned, folder: Path, *, verify: bool) -> Form:
+    """Writes a result as a Transformers checkpoint into an existing folder."""
     assert pruned.source is not None
     emission, source = pruned.emission, pruned.source
     dtype = main_dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)
-    sizes = (
-        dtype_of.itemsize * prod(pruned.selection.shape(name))
-        for name in emission.names
-        if (dtype_of := pruned.dtype(name))
-    )
     start = time.perf_counter()
-    with output_folder(path, overwrite=overwrite, need_bytes=sum(sizes)) as folder:
-        hf.write(
-            folder,
-            emission,
-            pruned.selection,
-            pruned.full,
-            pruned.dtype,
-            tokenizer_files=source.tokenizer_files,
-            tokenizer=source.tokenizer,
-            generation_config=source.generation_config,
-        )
-        write_plan(folder, pruned)
-        written = time.perf_counter() - start
-        report = replace(
-            pruned.report,
-            notes=(*pruned.report.notes, *emission.notes),
-            target={
-                "name": "transformers",
-                "architecture": emission.architecture,
-                "remote_code": emission.candidate.remote,
-                "dtype": str(dtype).removeprefix("torch."),
-                "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
-            },
-        )
-        seconds = {**report.seconds, "write": written}
-        if verify:
-            start = time.perf_counter()
-            found = _verify(pruned, folder)
-            seconds["verify"] = time.perf_counter() - start
-            report = replace(report, verification=found.to_json())
-        report = replace(report, seconds=seconds)
-        write_report(folder, pruned, report)
-    return report
+    hf.write(
+        folder,
+        emission,
+        pruned.selection,
+        pruned.full,
+        pruned.dtype,
+        tokenizer_files=source.tokenizer_files,
+        tokenizer=source.tokenizer,
+        generation_config=source.generation_config,
+    )
+    seconds = {"write": time.perf_counter() - start}
+    target = {
+        "name": "transformers",
+        "architecture": emission.architecture,
+        "remote_code": emission.candidate.remote,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+    }
+    found = None
+    if verify:
+        start = time.perf_counter()
+        found = _verify(pruned, folder)
+        seconds["verify"] = time.perf_counter() - start
+    return Form(target, emission.notes, found, seconds)
 
 
 def moved(pruned: Pruned, loaded: Any) -> float:
@@ -276,68 +344,76 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class WrittenGraph:
-    """A graph file that an earlier prune wrote."""
-
-    name: str
-    path: Path
-
-    def verify(self, pruned: Pruned) -> v.Verification:
-        """Returns how the file, run where it runs, compares with the masked reference.
-
-        Raises:
-            SurgeonError: `verify-failed`.
-        """
-        from surgeon.emit import onnx_decoder, onnx_graph, pt2
-
-        if self.name == "onnx" and onnx_decoder.is_cached(self.path):
-            vocab = pt2.rows(pruned.program, pruned.program.inputs[0].name)
-            largest = onnx_decoder.check_decoder(self.path, pruned.masked, vocab)
-        else:
-            given = pt2.samples(pruned.program)
-            check = pt2.check_pt2 if self.name == "pt2" else onnx_graph.check_onnx
-            largest = check(self.path, pruned.masked, given)
-        found = pruned.verify()
-        both = (*found.probes, v.Difference(self.path.name, largest))
-        return replace(found, probes=both, largest=max(found.largest, largest))
+def written(folder: Path) -> Mapping[str, Path]:
+    """Returns where an earlier prune wrote for which target: in the folder, or in one of its own."""
+    known = find_targets()
+    inside = [name for name in (TRANSFORMERS, *known) if (folder / name).is_dir()]
+    if inside and not (folder / "config.json").is_file():
+        return {name: folder / name for name in inside}
+    for name, info in known.items():
+        if info.suffix and (folder / f"model{info.suffix}").is_file():
+            return {name: folder}
+    file = folder / "config.json"
+    if file.is_file() and read_config(file).get("model_type") == VLLM_TYPE:
+        return {"vllm": folder}
+    return {TRANSFORMERS: folder}
 
 
-def written_graph(folder: Path) -> WrittenGraph | None:
-    """Returns the graph file of a pruned folder, or None where it holds a checkpoint."""
-    for name, info in find_targets().items():
-        path = folder / f"model{info.suffix}"
-        if info.suffix and path.is_file():
-            return WrittenGraph(name, path)
-    return None
+def verify_written(
+    pruned: Pruned, name: str, folder: Path, *, trust_remote_code: bool = False
+) -> v.Verification:
+    """Returns how what was written for a target compares with the masked reference.
+
+    Args:
+        pruned: the plan with its model again.
+        name: of the target.
+        folder: where it lies.
+        trust_remote_code: run modelling code that comes with a checkpoint.
+
+    Raises:
+        SurgeonError: `verify-failed`.
+    """
+    pruned = replace(pruned, target=name)
+    if name == TRANSFORMERS:
+        tokenizer = pruned.source.load_tokenizer() if pruned.source else None
+        return verify_folder(pruned, folder, tokenizer, trust_remote_code=trust_remote_code)
+    target = get_target(name)
+    if target.kind == "checkpoint":
+        return formats.check(pruned, name, folder)
+    return _verify_graph(pruned, folder / f"model{target.suffix}")
 
 
-def _save_graph(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report:
+def _verify_graph(pruned: Pruned, path: Path) -> v.Verification:
+    """Returns how a graph file, run where it runs, compares with the masked reference."""
+    from surgeon.emit import onnx_decoder, onnx_graph, pt2
+
+    onnx = path.suffix == ".onnx"
+    if onnx and onnx_decoder.is_cached(path):
+        vocab = pt2.rows(pruned.program, pruned.program.inputs[0].name)
+        largest = onnx_decoder.check_decoder(path, pruned.masked, vocab)
+    else:
+        given = pt2.samples(pruned.program)
+        check = onnx_graph.check_onnx if onnx else pt2.check_pt2
+        largest = check(path, pruned.masked, given)
+    found = pruned.verify()
+    both = (*found.probes, v.Difference(path.name, largest))
+    return replace(found, probes=both, largest=max(found.largest, largest))
+
+
+def _graph(pruned: Pruned, name: str, folder: Path, *, verify: bool) -> Form:
     """Writes the result as a graph, which has no class that could refuse it."""
-    target = get_target("pt2" if pruned.target == "transformers" else pruned.target)
-    source = pruned.source
-    need = sum(4 * prod(pruned.selection.shape(p.name)) for p in pruned.program.params)
-    with output_folder(path, overwrite=overwrite, need_bytes=need) as folder:
-        report = pruned.report
-        if verify:
-            report = replace(report, verification=pruned.verify().to_json())
-        # What is written is compared with this program once more, where it runs.
-        if target.name == "onnx":
-            from surgeon.emit.onnx_folder import options_for, write_folder
+    target, source = get_target(name), pruned.source
+    checked = pruned.verify() if verify else None
+    # What is written is compared with this program once more, where it runs.
+    if target.name == "onnx":
+        from surgeon.emit.onnx_folder import options_for, write_folder
 
-            options = options_for(pruned.program, source)
-            found = write_folder(
-                folder, pruned.program, pruned.tensor, source, options, check=verify
-            )
-            report = replace(report, target=found.target(), notes=(*report.notes, *found.notes))
-        else:
-            file = folder / f"model{target.suffix}"
-            target.write(pruned.program, pruned.tensor, file, check=verify)
-            if source is not None:
-                hf.carry(folder, source.tokenizer_files, source.tokenizer)
-            size = sum(f.stat().st_size for f in folder.glob("model*"))
-            found = {"name": target.name, "bytes": size, "dtype": "float32"}
-            report = replace(report, target=found)
-        write_plan(folder, pruned)
-        write_report(folder, pruned, report)
-    return report
+        options = options_for(pruned.program, source)
+        found = write_folder(folder, pruned.program, pruned.tensor, source, options, check=verify)
+        return Form(found.target(), tuple(found.notes), checked, {})
+    file = folder / f"model{target.suffix}"
+    target.write(pruned.program, pruned.tensor, file, check=verify)
+    if source is not None:
+        hf.carry(folder, source.tokenizer_files, source.tokenizer)
+    size = sum(f.stat().st_size for f in folder.glob("model*"))
+    return Form({"name": target.name, "bytes": size, "dtype": "float32"}, (), checked, {})

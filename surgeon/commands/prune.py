@@ -231,7 +231,12 @@ def prune(
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(help="transformers, or pt2 or onnx, which can express any plan"),
+        typer.Option(
+            "--to",
+            "--target",
+            help="transformers, vllm, gguf, or pt2 or onnx, which can express any plan; "
+            "several with commas",
+        ),
     ] = None,
     rounds: RoundsOption = None,
     stop_if_worse_than: WorseOption = None,

@@ -32,6 +32,9 @@ LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type"
 PACKAGED = "surgeon_pruned"
 """Model type of the packaged modelling file."""
 
+VLLM_TYPE = "nemotron-nas"
+"""Model type of vLLM's class for layers that differ."""
+
 PER_LAYER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose decoder layer the packaged modelling file spells out."""
 

@@ -118,20 +118,12 @@ def choose(
         SurgeonError: `target-refused`, with the reason of every way tried.
     """
     selection = Selection(axes, plan)
-    shapes = layer_shapes(axes, plan)
-    kept = tuple(s for s in shapes if s.attention or s.mlp)
     reasons: list[str] = []
     try:
-        if not shapes:
-            raise Refused("the model has no decoder layers")
-        if not kept:
-            raise Refused("no layer is left")
-        shape = Shape(
-            _hidden(axes, selection), kept, tuple(i for i, s in enumerate(shapes) if s in kept)
-        )
+        shape, names = laid_out(axes, plan)
     except Refused as refused:
         raise _refusal([str(refused)], config) from refused
-    names = _renamed(axes, plan, kept)
+    kept = shape.layers
     differ = _differences(kept, len(set(selection.splits) - dropped(axes, plan)))
     if not differ:
         for label, make in stock(config, model_class, shape):
@@ -142,9 +134,26 @@ def choose(
     else:
         reasons.append(f"{model_class.__name__}: {differ}")
     if family(config) in PER_LAYER_FAMILIES and not any(s.spelled for s in kept):
-        return _packaged(axes, selection, shape, names, config, differ, reasons)
+        return packaged(axes, selection, shape, names, config, differ, reasons)
     reasons.append(_no_file(config))
     raise _refusal(reasons, config)
+
+
+def laid_out(axes: Axes, plan: Plan) -> tuple[Shape, dict[str, str]]:
+    """Returns the sizes that are left, and the new name of every stored parameter that is.
+
+    Raises:
+        Refused: no layer is left, or there is more than one residual width.
+    """
+    shapes = layer_shapes(axes, plan)
+    kept = tuple(s for s in shapes if s.attention or s.mlp)
+    if not shapes:
+        raise Refused("the model has no decoder layers")
+    if not kept:
+        raise Refused("no layer is left")
+    places = tuple(i for i, s in enumerate(shapes) if s in kept)
+    shape = Shape(_hidden(axes, Selection(axes, plan)), kept, places)
+    return shape, _renamed(axes, plan, kept)
 
 
 def _differences(layers: tuple[LayerShape, ...], products: int) -> str:
@@ -312,7 +321,7 @@ def _same_attention(shape: Shape, have: Any) -> None:
             raise Refused(f"{layer.path} would have the window {window}, it has {layer.window}")
 
 
-def _packaged(
+def packaged(
     axes: Axes,
     selection: Selection,
     shape: Shape,
@@ -329,7 +338,7 @@ def _packaged(
     norms: dict[str, set[float]] = {"hidden": set(), "qk": set()}
     for index, op in enumerate(axes.program.ops):
         if op.target == "aten.mean.dim":
-            kind = "hidden" if _roles(axes, op.arg(0)) & {"hidden"} else "qk"
+            kind = "hidden" if roles_of(axes, op.arg(0)) & {"hidden"} else "qk"
             norms[kind].add(share_of(axes, selection, index, op))
     rotary = axes.of_role("rotary")
     cuts = [selection.plan.by_axis.get(a.name) for a in rotary]
@@ -389,7 +398,7 @@ def _dims(axes: Axes, arg: Arg) -> tuple[Expr, ...]:
     return axes.dims[("%" if isinstance(arg, Ref) else "$") + arg.name]
 
 
-def _roles(axes: Axes, arg: Arg, dim: int = -1) -> set[str]:
+def roles_of(axes: Axes, arg: Arg, dim: int = -1) -> set[str]:
     """Returns the roles of the axes in one dimension; an axis of a single index isn't there."""
     found = (axes.numbered.get(a) for a in leaves(_dims(axes, arg)[dim]))
     return {axis.role for axis in found if axis}
@@ -404,7 +413,7 @@ def _biases(axes: Axes, names: Collection[str]) -> Biases:
             bias, weight = op.arg(2), op.arg(1)
             if not isinstance(bias, ParamRef) or bias.name not in own:
                 continue
-            made, read = _roles(axes, weight, 0), _roles(axes, weight, 1)
+            made, read = roles_of(axes, weight, 0), roles_of(axes, weight, 1)
             if "ffn" in made | read:
                 mlp = True
             elif "hidden" in made:
@@ -412,7 +421,7 @@ def _biases(axes: Axes, names: Collection[str]) -> Biases:
             else:
                 attention = True
         elif any(
-            len(axes.param_dims(n)) == 1 and "hidden" not in _roles(axes, ParamRef(n)) for n in own
+            len(axes.param_dims(n)) == 1 and "hidden" not in roles_of(axes, ParamRef(n)) for n in own
         ):
             qk_norm = True
     return Biases(attention, output, mlp, qk_norm)
@@ -440,6 +449,24 @@ def write(
     generation_config: Any = None,
 ) -> None:
     """Writes the checkpoint into an existing folder, one tensor at a time."""
+    write_tensors(folder, emission, selection, get, dtype_of)
+    describe(
+        folder,
+        emission,
+        tokenizer_files=tokenizer_files,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+    )
+
+
+def write_tensors(
+    folder: Path,
+    emission: Emission,
+    selection: Selection,
+    get: Get,
+    dtype_of: Callable[[str], torch.dtype],
+) -> None:
+    """Writes a checkpoint's tensors into an existing folder, one at a time."""
     from surgeon.capture.exported import DTYPES
 
     def load(name: str) -> torch.Tensor:
@@ -450,13 +477,6 @@ def write(
         for old, new in emission.names.items()
     ]
     write_safetensors(folder, specs)
-    describe(
-        folder,
-        emission,
-        tokenizer_files=tokenizer_files,
-        tokenizer=tokenizer,
-        generation_config=generation_config,
-    )
 
 
 def describe(

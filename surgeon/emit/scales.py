@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,6 +15,7 @@ from surgeon.axes.plan import Selection, dropped
 from surgeon.axes.surgery import share_of
 from surgeon.capture.buffers import computed_buffers
 from surgeon.emit.hf_config import Candidate
+from surgeon.ir.program import Op
 from surgeon.runtime.apply import removed
 
 
@@ -71,12 +72,22 @@ def table_ratios(
 
 
 def folded_scales(
-    axes: Axes, selection: Selection, fixed: Mapping[str, float]
+    axes: Axes,
+    selection: Selection,
+    fixed: Mapping[str, float],
+    earlier: Callable[[Op], float] = lambda _: 1.0,
 ) -> dict[str, tuple[Scale, ...]]:
-    """Returns what folds the corrected averages into weights, one fold per share."""
+    """Returns what folds the corrected averages into weights, one fold per share.
+
+    Args:
+        axes: of the source.
+        selection: what is removed.
+        fixed: what `table_ratios` gives.
+        earlier: by average, the share by which the source corrects it for an earlier plan.
+    """
     groups: dict[float, list[int]] = {}
     for index, op in enumerate(axes.program.ops):
-        share = share_of(axes, selection, index, op)
+        share = share_of(axes, selection, index, op) * earlier(op)
         if share != 1.0:
             groups.setdefault(share, []).append(index)
     if fixed and not groups:

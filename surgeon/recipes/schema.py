@@ -228,7 +228,7 @@ class Recipe(Strict):
     """What it is for, if that belongs to it."""
 
     target: StrictStr = "transformers"
-    """`transformers`, or a graph target such as onnx."""
+    """`transformers`, `vllm`, `gguf`, `onnx` or `pt2`; several with commas between them."""
 
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     """For passes that draw at random, and for the calibration windows."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,20 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """Returns the outcome as plain data."""
         return asdict(self)
+
+
+def together(found: Iterable[Verification]) -> Verification:
+    """Returns the outcome of several comparisons with one reference: the worst of all of them."""
+    every = tuple(found)
+    worst = max(every, key=lambda one: one.largest)
+    casts = [one.cast for one in every if one.cast is not None]
+    known = [one.rounded for one in every if one.rounded is not None]
+    return replace(
+        worst,
+        probes=tuple(dict.fromkeys(probe for one in every for probe in one.probes)),
+        cast=max(casts, default=None),
+        rounded=all(known) if known else None,
+    )
 
 
 def probes(

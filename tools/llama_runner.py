@@ -1,0 +1,66 @@
+"""Runs a GGUF file by llama.cpp, in the environment that tools/llama_cpp makes, and not in Surgeon's.
+
+    .venv-llama/bin/python tools/llama_runner.py REQUEST.json ANSWER.json
+
+The request names the file and may have `prompt` (token ids to go on from), `new` (how many tokens to
+write, the likeliest each time) and `texts` (to be cut into tokens). The answer has the tokens that
+were written, for each of them the logarithms of all tokens' probabilities, and the texts' tokens.
+Keys and values are cached in fp32: a difference is then the file's, and not the cache's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import xllamacpp
+
+
+def started(model: str) -> Any:
+    """Returns llama.cpp's server with the model loaded."""
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_ctx = 512
+    params.n_gpu_layers = 0
+    params.n_parallel = 1
+    params.warmup = False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.port = 0
+    return xllamacpp.Server(params)
+
+
+def tokens(server: Any, text: str) -> list[int]:
+    """Returns the token ids of a text, with those that begin and end it."""
+    body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    url = f"{server.listening_address}/tokenize"
+    with urllib.request.urlopen(urllib.request.Request(url, body)) as found:  # noqa: S310
+        return json.load(found)["tokens"]
+
+
+def main(request: str, answer: str) -> None:
+    asked = json.loads(Path(request).read_text(encoding="utf-8"))
+    server = started(asked["model"])
+    out: dict[str, Any] = {"texts": [tokens(server, text) for text in asked.get("texts", [])]}
+    if "prompt" in asked:
+        found = server.handle_completions(
+            {
+                "prompt": asked["prompt"],
+                "n_predict": asked["new"],
+                "temperature": 0.0,
+                "n_probs": asked["vocab"],
+                "return_tokens": True,
+                "ignore_eos": False,
+                "cache_prompt": False,
+            }
+        )
+        out["raw"] = found
+    Path(answer).write_text(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
