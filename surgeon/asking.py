@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import lcm
+from collections.abc import Callable, Mapping, Sequence
+from math import lcm, prod
 from typing import TYPE_CHECKING
 
 from surgeon.axes.budget import Budget, allowed, allowed_params, check_ratio, decoder_params
 from surgeon.errors import Code, SurgeonError
+from surgeon.memory import Memory
 from surgeon.opening import Model
 from surgeon.planning import Passes
 
 if TYPE_CHECKING:
     from surgeon.calibrate.data import Recipe as CalibrationData
     from surgeon.calibrate.stored import Stored
+    from surgeon.ir.program import Size
     from surgeon.recipes.schema import Recipe
 
 
@@ -227,3 +229,38 @@ def data_of(recipe: Recipe) -> CalibrationData:
     pieces = tuple(Piece(piece.source, piece.weight) for piece in asked.sources)
     seed = recipe.seed if asked.seed is None else asked.seed
     return Data(pieces, asked.samples, asked.length, seed)
+
+
+def check_memory(origin: Model, recipe: Recipe, passes: Passes, memory: Memory) -> None:
+    """Refuses, before any work, a limit that the passes of a recipe can't keep.
+
+    Passes that look at weights alone read them in blocks. Those that look at data hold one piece
+    of the model in fp32, dense and pruned, the residual stream of all windows, and where they ask
+    for second moments those of the widest value, twice.
+
+    Raises:
+        SurgeonError: `bad-option`, with the number that is needed.
+    """
+    if not passes.look or not memory.asked:
+        return
+    from surgeon.calibrate.segments import segments
+
+    def size(shape: Sequence[Size]) -> int:
+        return prod(s for s in shape if isinstance(s, int))
+
+    pieces = segments(origin.program)
+    largest = max(sum(size(p.type.shape) for p in piece.program.params) for piece in pieces)
+    streams = [piece.given for piece in pieces if piece.given is not None]
+    stream = max((size(origin.program.types[name].shape) for name in streams), default=0)
+    tokens = (recipe.calibration.samples or 0) * (recipe.calibration.length or 0)
+    widest = max(
+        (p.type.shape[-1] for p in origin.program.params if len(p.type.shape) == 2), key=int
+    )
+    wide = any("second moment" in n or "sequential" in n for p in passes.every for n in p.needs)
+    need = 8 * largest + 8 * tokens * stream + (16 * int(widest) ** 2 if wide else 0)
+    label = next(p.label for p in passes.every if p.looks)
+    memory.check(
+        need,
+        f"{label} looks at what the model computes, piece after piece, on {tokens} tokens",
+        "fewer or shorter --samples and --length, or --recipe fast, which looks at weights alone",
+    )

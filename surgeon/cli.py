@@ -20,6 +20,7 @@ from surgeon.commands import recover as command_recover
 from surgeon.commands.arguments import (
     DeviceOption,
     JsonOption,
+    MemoryOption,
     ModelArg,
     RemoteOption,
     RunnableArg,
@@ -65,13 +66,24 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="the model it was made from, if it moved")
     ] = None,
+    by_layer: Annotated[
+        bool,
+        typer.Option("--by-layer", help="each layer by itself, no model as a whole in memory"),
+    ] = False,
+    memory: MemoryOption = None,
     as_json: JsonOption = False,
     trust_remote_code: RemoteOption = False,
 ) -> None:
     """Compare a written checkpoint with the masked original."""
     from surgeon import pipeline
 
-    found = pipeline.verify(out, source=source, trust_remote_code=trust_remote_code).to_json()
+    found = pipeline.verify(
+        out,
+        source=source,
+        trust_remote_code=trust_remote_code,
+        by_layer=by_layer,
+        memory=memory,
+    ).to_json()
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from surgeon.ir.program import Program
 if TYPE_CHECKING:
     import torch
 
+    from surgeon.capture.blocks import Buffers, Span
     from surgeon.capture.source import Source
 
 
@@ -59,6 +60,45 @@ class Model:
                 raise no_weights(self.id)
             found = self.tensors[name]
         return found.float() if found.is_floating_point() else found
+
+    def blocks(
+        self, name: str, wanted: Sequence[Span], buffers: Buffers
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields rows of a parameter as they are stored, each with the number of its first row."""
+        from surgeon.capture.blocks import rows_of
+
+        if name in self.fixed or self.tensors is None:
+            return rows_of({name: self.read(name)}, name, wanted, buffers)
+        return rows_of(self.tensors, name, wanted, buffers)
+
+    def stream(
+        self, names: Iterable[str], size: int, instead: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """Yields parameters in blocks of rows, in the order in which they are stored.
+
+        Args:
+            names: of the parameters.
+            size: bytes of a block, which is good until the next is asked for.
+            instead: tensors that stand for some of them.
+        """
+        from surgeon.capture.blocks import extent, in_order, rows_of, spans, stream
+
+        def read(
+            name: str, wanted: Sequence[Span], buffers: Buffers
+        ) -> Iterator[tuple[int, torch.Tensor]]:
+            if name in instead:
+                return rows_of({name: instead[name].detach()}, name, wanted, buffers)
+            return self.blocks(name, wanted, buffers)
+
+        def rows(name: str) -> list[Span]:
+            shape = tuple(int(s) for s in self.program.param[name].type.shape)
+            dtype = instead[name].dtype if name in instead else self.dtype(name)
+            return spans(*extent(shape, dtype.itemsize), size)
+
+        given = tuple(names)
+        every = in_order(self.tensors, [n for n in given if n not in self.fixed])
+        fixed = [n for n in given if n in self.fixed]
+        return stream(read, [(name, rows(name)) for name in (*every, *fixed)], size)
 
     def dtype(self, name: str) -> torch.dtype:
         """Returns the element type in which a parameter is stored."""

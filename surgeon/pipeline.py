@@ -8,14 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.asking import budget_of, check_asked, check_factors, data_of, multiples_of, stored_of
+from surgeon.asking import (
+    budget_of,
+    check_asked,
+    check_factors,
+    check_memory,
+    data_of,
+    multiples_of,
+    stored_of,
+)
 from surgeon.axes.budget import Measure
 from surgeon.axes.factors import check_halves
 from surgeon.axes.plan import Plan, Selection, check
-from surgeon.emit.target import check_targets, names_of
+from surgeon.emit.target import TRANSFORMERS, check_targets, names_of
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
+from surgeon.memory import Memory
 from surgeon.opening import Model, for_plan, open_model, opening_origin, with_heads_apart
 from surgeon.planning import Passes, planned
 from surgeon.pruned import Pruned, Report, report_of, versions
@@ -80,6 +89,7 @@ def prune(
     rounds: str | Path | None = None,
     hooks: Hooks | None = None,
     quantize: str | Mapping[str, Any] | Scheme | None = None,
+    memory: str | int | Memory | None = None,
 ) -> Pruned:
     """Returns a smaller model; the source is not modified.
 
@@ -132,6 +142,9 @@ def prune(
         hooks: training and evaluation of the caller's own in each round; see `prune_iteratively`.
         quantize: how `save` stores the weights: `int8`, `w8`, `int4`, or the keys of a recipe's
             section of that name.
+        memory: the most that the process may hold, such as `2GB`; half of what is free beside what
+            it holds, without it. Tensors are read, scored, sliced and written in blocks of rows.
+            What can't be done in so little is refused with the number that is needed.
 
     Raises:
         SurgeonError: with the reason, before anything is written.
@@ -143,10 +156,10 @@ def prune(
     }
     from surgeon.emit.lowbit.scheme import scheme_of
 
-    scheme = scheme_of(quantize)
+    scheme, allowed = scheme_of(quantize), Memory.of(memory)
     if plan is not None:
         to = target or "transformers"
-        found = _replayed(source, opening, plan, rewrites, to, verify, scheme)
+        found = _replayed(source, opening, plan, rewrites, to, verify, scheme, allowed)
         return replace(found, quantize=scheme)
     from surgeon.recipes.changes import Changes, Named, calibration_of, two_sources
 
@@ -198,6 +211,7 @@ def prune(
         rounds=folder,
         verify=verify,
         hooks=hooks,
+        memory=allowed,
     )
 
 
@@ -210,6 +224,7 @@ def run(
     rounds: Path | None = None,
     verify: bool = True,
     hooks: Hooks | None = None,
+    memory: Memory | None = None,
 ) -> Pruned:
     """Returns the smaller model that a recipe makes of a source; see `prune`.
 
@@ -221,6 +236,7 @@ def run(
         rounds: folder where finished rounds of a schedule are kept, and found by a run after.
         verify: compare with the masked reference now.
         hooks: what the caller does in each round of a schedule.
+        memory: how much of it the process may take; by default a share of what is free.
     """
     from surgeon.emit.lowbit.scheme import scheme_of
 
@@ -233,6 +249,8 @@ def run(
     if passes.groups:
         origin = with_heads_apart(origin)
     check_factors(origin, recipe, passes)
+    allowed = memory or Memory.of(None)
+    check_memory(origin, recipe, passes, allowed)
     start = time.perf_counter()
     budget = budget_of(origin, recipe)
     spelled = _spelled(recipe, passes).to_data()
@@ -244,7 +262,7 @@ def run(
         made = _result(origin, plan, tensors, recipe.target)
         report = report_of(origin, made.plan, entries, notes, recipe.budget.ratio, seconds)
         told = replace(report, as_recipe=spelled, sparsity=made.sparsity())
-        return replace(made, report=told, quantize=scheme)
+        return replace(made, report=told, quantize=scheme, memory=allowed)
 
     if recipe.schedule is not None:
         from surgeon.iterating import Keep, State, iterate
@@ -259,7 +277,9 @@ def run(
         return _finished(trimmed(of_state(state), trimming), verify)
     if only_vocabulary(recipe):
         return _finished(trimmed(result(Plan(), {}, [], (ALONE,)), trimming), verify)
-    made = planned(origin, passes, budget, calibration=stored or data, seed=recipe.seed)
+    made = planned(
+        origin, passes, budget, calibration=stored or data, seed=recipe.seed, memory=allowed
+    )
     entries = [found.to_json() for found in made.results]
     return _finished(
         trimmed(result(made.plan, made.rewrites, entries, made.notes), trimming), verify
@@ -274,6 +294,7 @@ def _replayed(
     target: str,
     verify: bool,
     scheme: Scheme | None,
+    memory: Memory,
 ) -> Pruned:
     """Returns what a plan makes of a source."""
     _check_scheme(scheme, target, source)
@@ -285,7 +306,7 @@ def _replayed(
     seconds = {"capture": origin.seconds, "plan": time.perf_counter() - start}
     report = report_of(origin, result.plan, entries, (), None, seconds)
     report = replace(report, sparsity=result.sparsity())
-    return _finished(replace(result, report=report), verify)
+    return _finished(replace(result, report=report, memory=memory), verify)
 
 
 def _check_scheme(scheme: Scheme | None, target: str, source: Any) -> None:
@@ -331,9 +352,20 @@ _NO_REPORT = Report({}, (), {}, {}, (), (), {}, {})
 def _finished(result: Pruned, verify: bool) -> Pruned:
     verify_program(result.program)
     if verify and result.origin.tensors is not None and result.changed:
+        if not result.fits:
+            return replace(
+                result, report=replace(result.report, notes=(*result.report.notes, LATER))
+            )
         found = result.verify()
         result = replace(result, report=replace(result.report, verification=found.to_json()))
     return result
+
+
+LATER = (
+    "the model is not compared as a whole, which takes more memory than is allowed: each layer is, "
+    "when it is saved"
+)
+"""What is said where the comparison waits for the files."""
 
 
 def _same_source(origin: Model, plan: Plan) -> None:
@@ -357,7 +389,12 @@ def capture(source: Any, **options: Any) -> Program:
 
 
 def verify(
-    folder: str | Path, *, source: Any = None, trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    source: Any = None,
+    trust_remote_code: bool = False,
+    by_layer: bool = False,
+    memory: str | int | Memory | None = None,
 ) -> Verification:
     """Returns how a written checkpoint compares with the masked reference of its plan.
 
@@ -365,6 +402,9 @@ def verify(
         folder: what `Pruned.save` wrote.
         source: the model it was made from; by default the one that the plan names.
         trust_remote_code: run modelling code that comes with the source.
+        by_layer: run no model as a whole: compare each layer by itself, on random activations. So
+            it is done without being asked where both models don't fit in `memory`.
+        memory: the most that the process may hold, as for `prune`.
 
     Raises:
         SurgeonError: `verify-failed`, `plan-mismatch`, or why one of both can't be read.
@@ -381,11 +421,16 @@ def verify(
     )
     places = written(folder)
     target = ",".join(places)
-    again = prune(origin, plan=plan, rewrites=rewrites, verify=False, target=target)
-    return together(
-        verify_written(again, name, place, trust_remote_code=trust_remote_code)
-        for name, place in places.items()
-    )
+    again = prune(origin, plan=plan, rewrites=rewrites, verify=False, target=target, memory=memory)
+
+    def compared(name: str, place: Path) -> Verification:
+        if name == TRANSFORMERS and (by_layer or not again.fits):
+            from surgeon.spotting import verify_layers
+
+            return verify_layers(again, place, trust_remote_code=trust_remote_code)
+        return verify_written(again, name, place, trust_remote_code=trust_remote_code)
+
+    return together(compared(name, place) for name, place in places.items())
 
 
 def _origin_of(plan: Plan, trust_remote_code: bool) -> Model:

@@ -16,6 +16,7 @@ from surgeon.conditions import Watched, check_scores, check_selected, check_tens
 from surgeon.effects import PassResult, of_plan, of_scores, of_tensors, options_of
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.ir.verify import verify as verify_program
+from surgeon.memory import Memory
 from surgeon.opening import Model
 from surgeon.plugin import Calibration, Context, GetScores
 from surgeon.recovering import Ground
@@ -189,6 +190,7 @@ def planned(
     calibration: Recipe | Windows | Stored | None = None,
     seed: int = 0,
     ground: Ground | None = None,
+    memory: Memory | None = None,
 ) -> Planned:
     """Returns the plan, the tensors that replace others before it is applied, and their record.
 
@@ -205,13 +207,14 @@ def planned(
             were gathered before.
         seed: for passes that draw at random.
         ground: where `origin` is what rounds left of another model: that, and what they did.
+        memory: how much of it the process may take; by default a share of what is free.
 
     Raises:
         SurgeonError: `bad-option` where a pass needs data and there is none; what passes refuse;
             `bad-plan` and others, with the pass's name, for what a pass gives that can't be used.
     """
     verify_program(origin.program)
-    run = _Run(origin, budget, seed)
+    run = _Run(origin, budget, seed, memory or Memory.of(None))
     data = run.gathered(passes, calibration) if passes.look else None
     ground = ground or Ground(origin)
     heads = Plan()
@@ -303,8 +306,8 @@ def _teacher(
 class _Run:
     """One run of passes: makes their contexts and keeps the record."""
 
-    def __init__(self, origin: Model, budget: Budget, seed: int) -> None:
-        self.origin, self.budget, self.seed = origin, budget, seed
+    def __init__(self, origin: Model, budget: Budget, seed: int, memory: Memory) -> None:
+        self.origin, self.budget, self.seed, self.memory = origin, budget, seed, memory
         self.lent = Watched(origin.tensors)
         self.results: list[PassResult] = []
         self.notes: list[str] = []
@@ -345,6 +348,7 @@ class _Run:
             budget=self.budget,
             plan=plan or Plan(),
             factored=factored,
+            reader=lambda params: self.origin.stream(params, self.memory.block(), now),
         )
 
     def note(

@@ -11,14 +11,14 @@ functions decorated with `rule`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.branches import Branch
 from surgeon.axes.budget import Budget, count
-from surgeon.axes.channels import occurrences
+from surgeon.axes.channels import marginals, occurrences, within
 from surgeon.axes.consumers import Consumer, consumers
 from surgeon.axes.contractions import Contraction, contractions
 from surgeon.axes.factors import Product, factorable
@@ -103,6 +103,7 @@ __all__ = [
     "grouping_obstacles",
     "levels_of",
     "limit",
+    "marginals",
     "merged",
     "occurrences",
     "operate",
@@ -114,6 +115,7 @@ __all__ = [
     "step_of",
     "vanishing",
     "wherever",
+    "within",
 ]
 
 
@@ -185,6 +187,7 @@ class Context:
         facts: gets figures that the report keeps with what the driver records of the pass.
         training: trains what a plan leaves, for passes that need it.
         factored: the parameters that are products of two already; none of them can be replaced.
+        reader: reads tensors in blocks of rows, for `blocks`.
     """
 
     axes: Axes
@@ -198,6 +201,19 @@ class Context:
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     training: Callable[[Plan, Any], tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
     factored: frozenset[str] = frozenset()
+    reader: Callable[[Iterable[str]], Iterator[tuple[str, int, Any]]] | None = None
+
+    def blocks(self, params: Iterable[str]) -> Iterator[tuple[str, int, Any]]:
+        """Yields tensors in blocks of rows: a name, the first row's number, and the rows.
+
+        For passes that look at every weight once: no tensor is held as a whole, and the next block
+        is read meanwhile. Tensors come in the order in which they are stored, all blocks of one
+        after another, in the element type that they are stored in. A block must not be written to,
+        and is good until the next is asked for.
+        """
+        if self.reader is not None:
+            return self.reader(params)
+        return ((name, 0, self.weights(name).detach()) for name in params)
 
     @property
     def program(self) -> Program:
@@ -298,7 +314,7 @@ class Context:
 
         data = self.calibration
         data = None if data is None else data.with_rewrites(rewrites, dense=False)
-        return replace(self, weights=weights, calibration=data)
+        return replace(self, weights=weights, calibration=data, reader=None)
 
     def recovered(self, plan: Plan, settings: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Returns the full-size tensors that training what a plan leaves comes to, and figures.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -20,12 +20,14 @@ from surgeon.axes.surgery import operate
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir.program import Program
 from surgeon.ir.verify import verify as verify_program
+from surgeon.memory import Memory
 from surgeon.opening import Model
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from surgeon.capture.blocks import Buffers, Span
     from surgeon.capture.source import Source
     from surgeon.emit.huggingface import Emission
     from surgeon.emit.lowbit.scheme import Scheme
@@ -79,6 +81,7 @@ class Pruned:
     rewrites: Mapping[str, torch.Tensor] = field(default_factory=dict[str, Any])
     target: str = "transformers"
     quantize: Scheme | None = None
+    memory: Memory = field(default_factory=lambda: Memory.of(None))
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -98,6 +101,17 @@ class Pruned:
     def changed(self) -> bool:
         """Whether anything is removed, or has other weights."""
         return bool(self.rewrites) or not self.plan.empty
+
+    @property
+    def fits(self) -> bool:
+        """Whether the masked and the smaller model can be compared whole in the memory allowed.
+
+        A graph has no other comparison, and always is.
+        """
+        if self.is_graph:
+            return True
+        total = self.report.parameters["total"]
+        return self.memory.fits(4 * total["before"] + 8 * total["after"])
 
     @property
     def axes(self) -> Axes:
@@ -126,6 +140,19 @@ class Pruned:
         if split is None:
             return self.origin.read(name)
         return Product(self.rewrites[split.rows.name], self.rewrites[split.columns.name]).whole
+
+    def blocks(
+        self, name: str, wanted: Sequence[Span], buffers: Buffers
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields rows of a parameter in full size, rewrites applied, as they are stored."""
+        from surgeon.capture.blocks import rows_of
+
+        found = self.rewrites.get(name)
+        if found is None and name in self.selection.splits:
+            found = self.full(name)
+        if found is None:
+            return self.origin.blocks(name, wanted, buffers)
+        return rows_of({name: found}, name, wanted, buffers)
 
     def dtype(self, name: str) -> torch.dtype:
         """Returns the element type that a parameter of `program` is stored in."""

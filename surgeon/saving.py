@@ -139,6 +139,8 @@ def _checkpoint(pruned: Pruned, folder: Path, *, verify: bool) -> Form:
         pruned.selection,
         pruned.full,
         pruned.dtype,
+        read=pruned.blocks,
+        block=pruned.memory.block(),
         tokenizer_files=source.tokenizer_files,
         tokenizer=source.tokenizer,
         generation_config=source.generation_config,
@@ -257,6 +259,10 @@ def _verify(pruned: Pruned, folder: Path) -> v.Verification:
     """Compares what was written with the masked reference."""
     source = pruned.source
     assert source is not None
+    if not pruned.fits:
+        from surgeon.spotting import verify_layers
+
+        return verify_layers(pruned, folder)
     return verify_folder(pruned, folder, source.load_tokenizer())
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from surgeon.axes.axes import Axes, Axis
 from surgeon.axes.plan import Plan, Selection
-from surgeon.axes.space import Expr, Factor, Sum
+from surgeon.axes.space import Expr, Factor, Sum, leaves
 
 Layout = list[Factor]
 
@@ -33,6 +33,42 @@ def occurrences(axes: Axes, axis: Axis, param: str, tensor: Any) -> Iterator[Any
     view = tensor.reshape([selection.full_width((factor,)) for factor in layout] or [1])
     walk = _Walk(axes, selection, axis)
     yield from walk.places(view, layout, range(len(layout)))
+
+
+def marginals(axes: Axes, axis: Axis, param: str) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Returns by dimension that carries an axis those in which its indices are told apart.
+
+    A sum or maximum over all other dimensions, which can be taken over blocks of rows, holds as
+    much of each index as the whole tensor does: see `within`.
+    """
+    dims = [set(leaves(expr)) for expr in axes.param_dims(param)]
+    number, outer = axes.number[axis.name], {axes.number[name] for name in axis.outer}
+    return tuple(
+        (at, (*(d for d in range(at) if dims[d] & outer), at))
+        for at in range(len(dims))
+        if number in dims[at]
+    )
+
+
+def within(
+    axes: Axes, axis: Axis, param: str, at: int, dims: tuple[int, ...], marginal: Any
+) -> Iterator[Any]:
+    """Yields, for every place in one dimension where a parameter carries an axis, that place.
+
+    Args:
+        axes: the axes of the program.
+        axis: the axis to isolate.
+        param: the parameter's name.
+        at: the dimension.
+        dims: those that `marginal` has, `at` the last of them.
+        marginal: what is left of the parameter's values.
+    """
+    selection = Selection(axes, Plan())
+    exprs = [axes.param_dims(param)[dim] for dim in dims]
+    layout: Layout = [factor for expr in exprs for factor in expr]
+    view = marginal.reshape([selection.full_width((factor,)) for factor in layout] or [1])
+    start = len(layout) - len(axes.param_dims(param)[at])
+    yield from _Walk(axes, selection, axis).places(view, layout, range(start, len(layout)))
 
 
 def along(axes: Axes, axis: Axis, expr: Expr) -> Iterator[NDArray[np.int64]]:

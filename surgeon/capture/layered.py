@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from surgeon.capture.blocks import Buffers, Span
 from surgeon.capture.weights import StateDictWeights, Weights, digest
 from surgeon.errors import Code, SurgeonError
 
@@ -24,6 +25,12 @@ class OverlayWeights(Weights):
 
     def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return (self._extra if name in self._extra else self._base).rows(name, start, stop)
+
+    def _blocks(
+        self, name: str, wanted: Sequence[Span], buffers: Buffers
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        source = self._extra if name in self._extra else self._base
+        return source.blocks(name, wanted, buffers)
 
     def _meta(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         source = self._extra if name in self._extra else self._base

@@ -6,13 +6,16 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from surgeon.capture.blocks import Buffers, Span, extent, spans, whole
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Param
 
@@ -38,6 +41,9 @@ STORED_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """Element types of safetensors files."""
+
+BLOCK = 2**24
+"""Bytes that are read at once where two tensors are compared."""
 
 HEAD = 64
 """How many bytes of each tensor go into a fingerprint."""
@@ -124,6 +130,28 @@ class Weights(Mapping[str, torch.Tensor]):
         """Returns rows `start` to `stop` of a tensor, the others unread where the source can."""
         return self._read_rows(self._stored(name), start, stop)
 
+    def blocks(
+        self, name: str, wanted: Sequence[Span], buffers: Buffers
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields rows of a tensor, span by span, each with the number of its first row.
+
+        Where the source can, they are read into the buffers, the others unread.
+        """
+        yield from self._blocks(self._stored(name), wanted, buffers)
+
+    def _blocks(
+        self, name: str, wanted: Sequence[Span], buffers: Buffers
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        return whole(self, name, wanted)
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Returns what sorts tensors as they lie in the source: file and offset, or a number."""
+        return "", self._order[self._stored(name)]
+
+    @cached_property
+    def _order(self) -> Mapping[str, int]:
+        return {name: number for number, name in enumerate(self._names)}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return self._meta(self._stored(name))[1]
@@ -184,14 +212,19 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def _check_tie(self, names: list[str]) -> None:
         for other in names[1:]:
-            first, second = self[names[0]], self[other]
-            if first.shape == second.shape and not torch.equal(first, second):
+            if self.shape(names[0]) == self.shape(other) and not self._same(names[0], other):
                 raise bad_checkpoint(
                     f"{names[0]} and {other} are tied and stored with different values",
                     at=self.where,
                     why="the config makes them one parameter, the checkpoint two",
                     try_='set "tie_word_embeddings": false in config.json if they are two',
                 )
+
+    def _same(self, name: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same values; they are read in blocks."""
+        rows = spans(*extent(self.shape(name), self.dtype(name).itemsize), BLOCK)
+        left, right = (self.blocks(n, rows, Buffers(1, BLOCK)) for n in (name, other))
+        return all(torch.equal(a, b) for (_, a), (_, b) in zip(left, right, strict=True))
 
     def _misfit(self, what: str, faults: list[str]) -> NoReturn:
         more = f", and {len(faults) - 4} more" if len(faults) > 4 else ""
@@ -308,6 +341,24 @@ class SafetensorsWeights(Weights):
         entry = self._entries[name]
         return _values(entry, entry.start, entry.shape)
 
+    def _blocks(
+        self, name: str, wanted: Sequence[Span], buffers: Buffers
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        entry = self._entries[name]
+        _, row = extent(entry.shape, entry.dtype.itemsize)
+        with entry.file.open("rb", buffering=0) as file:
+            for start, stop in wanted:
+                data = buffers.take((stop - start) * row)
+                values: Any = data.numpy()
+                _fill(file, entry.file, entry.start + start * row, memoryview(values))
+                shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+                yield start, data.view(entry.dtype).reshape(shape)
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Returns file and offset."""
+        entry = self._entries[self._stored(name)]
+        return str(entry.file), entry.start
+
     def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         entry = self._entries[name]
         rows, *inner = entry.shape
@@ -337,14 +388,19 @@ def _values(entry: _Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=entry.dtype)
     data = bytearray(size)
     with entry.file.open("rb", buffering=0) as file:
-        file.seek(start)
-        left = memoryview(data)
-        while left:
-            count = file.readinto(left)
-            if not count:
-                raise _truncated(entry.file, start + size, start + size - len(left))
-            left = left[count:]
+        _fill(file, entry.file, start, memoryview(data))
     return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).reshape(shape)
+
+
+def _fill(file: FileIO, path: Path, start: int, left: memoryview) -> None:
+    """Reads bytes from `start` on until the memory is full."""
+    end = start + len(left)
+    file.seek(start)
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise _truncated(path, end, end - len(left))
+        left = left[count:]
 
 
 def file_heads(

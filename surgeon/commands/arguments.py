@@ -17,6 +17,10 @@ ModelArg = Annotated[
 RemoteOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="run modelling code that comes with MODEL")
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="most to hold in memory, such as 2GB; half of what is free by default"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 DeviceOption = Annotated[str, typer.Option(help="cuda, cpu, or auto: cuda where it works")]
 RunnableArg = Annotated[

@@ -95,9 +95,13 @@ def print_verification(found: Any) -> None:
     from rich.console import Console
 
     console = Console()
+    compared, whole = "model", "largest logit"
+    if layers := found.get("layers"):
+        compared = f"layers ({len(layers)} branches, embedding and head)"
+        whole = f"largest value, on {found['tokens']} random activations"
     console.print(
-        f"verified: largest difference from the masked model {found['largest']:.1e} of the "
-        f"largest logit ({found['tolerance']:.0e} allowed)",
+        f"verified: largest difference from the masked {compared} {found['largest']:.1e} of the "
+        f"{whole} ({found['tolerance']:.0e} allowed)",
         highlight=False,
     )
     for reason in found["reasons"]:

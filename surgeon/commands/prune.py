@@ -15,6 +15,7 @@ from surgeon.commands.arguments import (
     MeasureTextOption,
     MeasureWindowOption,
     MeasureWindowsOption,
+    MemoryOption,
     ModelArg,
     QuantizeOption,
     QuantizeOptionOption,
@@ -23,6 +24,7 @@ from surgeon.commands.arguments import (
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
+    from surgeon.memory import Memory
     from surgeon.packing import Measuring
     from surgeon.pruned import Pruned
     from surgeon.recipes.schema import Recipe
@@ -248,6 +250,7 @@ def prune(
     measure_text: MeasureTextOption = None,
     measure_windows: MeasureWindowsOption = 8,
     measure_window: MeasureWindowOption = 1024,
+    memory: MemoryOption = None,
     dry_run: DryOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -259,7 +262,9 @@ def prune(
     Options hold in place of what the recipe says.
     """
     from surgeon import pipeline
+    from surgeon.memory import Memory
 
+    allowed = Memory.of(memory)
     opening = {"trust_remote_code": trust_remote_code}
     asked = values.quantize_keys(quantize, quantize_option)
     scoring = values.measuring(measure_text, measure_windows, measure_window)
@@ -277,6 +282,7 @@ def prune(
             verify=False,
             trust_remote_code=trust_remote_code,
             quantize=asked or None,
+            memory=allowed,
         )
     else:
         from surgeon.axes.budget import MEASURES
@@ -324,7 +330,7 @@ def prune(
         )
         settled = changes.applied(load_recipe(recipe or DEFAULT_RECIPE))
         _check_scoring(settled, scoring, dry_run)
-        result = _made(settled, model, out, opening, dry_run, overwrite)
+        result = _made(settled, model, out, opening, dry_run, overwrite, allowed)
     to_write = None if dry_run else out
     _done(
         result,
@@ -351,6 +357,7 @@ def _made(
     opening: dict[str, Any],
     dry_run: bool,
     overwrite: bool,
+    memory: Memory,
 ) -> Pruned:
     """Returns what a recipe makes of a model, once it is known that it can be written."""
     from surgeon import pipeline
@@ -358,7 +365,7 @@ def _made(
     _need_out(out, dry_run, overwrite)
     # Saving compares what was written.
     rounds = None if dry_run or out is None else _rounds(out)
-    return pipeline.run(model, recipe, opening, rounds=rounds, verify=False)
+    return pipeline.run(model, recipe, opening, rounds=rounds, verify=False, memory=memory)
 
 
 def _rounds(out: Path) -> Path:
@@ -383,6 +390,7 @@ def run(
     measure_text: MeasureTextOption = None,
     measure_windows: MeasureWindowsOption = 8,
     measure_window: MeasureWindowOption = 1024,
+    memory: MemoryOption = None,
     dry_run: DryOption = False,
     overwrite: OverwriteOption = False,
     no_verify: NoVerifyOption = False,
@@ -390,6 +398,7 @@ def run(
     trust_remote_code: RemoteOption = False,
 ) -> None:
     """Write the smaller checkpoint that a recipe makes."""
+    from surgeon.memory import Memory
     from surgeon.recipes import load_recipe
     from surgeon.recipes.changes import Changes
 
@@ -411,7 +420,8 @@ def run(
     opening = {"trust_remote_code": trust_remote_code}
     scoring = values.measuring(measure_text, measure_windows, measure_window)
     _check_scoring(settled, scoring, dry_run)
-    result = _made(settled, settled.model, out, opening, dry_run, overwrite)
+    allowed = Memory.of(memory)
+    result = _made(settled, settled.model, out, opening, dry_run, overwrite, allowed)
     to_write = None if dry_run else out
     _done(
         result,

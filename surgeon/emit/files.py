@@ -12,12 +12,13 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from surgeon.ahead import ahead
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ _OPEN: set[Path] = set()
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: its metadata now, its values when `load` is called."""
+    """A tensor to be written: its metadata now, its values when they are asked for."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
+    pieces: Callable[[], Iterable[torch.Tensor]] | None = None
+    """The same values in blocks of rows, in order, for what should not be held as a whole."""
 
     @property
     def nbytes(self) -> int:
@@ -351,8 +354,9 @@ def write_safetensors(
 ) -> tuple[Path, ...]:
     """Writes tensors one at a time and returns the files: one, or shards with their index.
 
-    File names, the split and the index are those of Transformers; at no time is more than one
-    tensor held.
+    File names, the split and the index are those of Transformers. At no time are more than three
+    tensors held, or three blocks of rows of such as come in blocks: what is written next is made
+    in another thread.
 
     Args:
         folder: an existing folder, best the one that `output_folder` yields.
@@ -451,22 +455,33 @@ def write_safetensors_file(
     text += b" " * (-len(text) % 8)
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            _write_values(file, spec)
+        for values in ahead(value for spec in specs for value in _values(spec)):
+            file.write(values)
 
 
-def _write_values(file: IO[bytes], spec: TensorSpec) -> None:
+def _values(spec: TensorSpec) -> Iterator[memoryview]:
+    """Yields the bytes of a tensor, checked against what was announced."""
     import torch
 
-    tensor = spec.load()
-    name = _short_names().get(tensor.dtype)
-    if name != spec.dtype or tuple(tensor.shape) != spec.shape:
-        made = f"{name} {list(tensor.shape)}"
-        raise _unannounced(spec, f"announced as {spec.dtype} {list(spec.shape)}, made as {made}")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        values: Any = flat.view(torch.uint8).numpy()
-        file.write(memoryview(values))
+    blocks = (spec.load(),) if spec.pieces is None else spec.pieces()
+    rows = 0
+    for tensor in blocks:
+        shape = tuple(tensor.shape)
+        rows += shape[0] if shape else 1
+        name = _short_names().get(tensor.dtype)
+        whole = spec.pieces is None and shape != spec.shape
+        if name != spec.dtype or whole or shape[1:] != spec.shape[1:]:
+            raise _unannounced(spec, _announced(spec, f"{name} {list(shape)}"))
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            values: Any = flat.view(torch.uint8).numpy()
+            yield memoryview(values)
+    if spec.pieces is not None and rows != (spec.shape[0] if spec.shape else 1):
+        raise _unannounced(spec, _announced(spec, f"{rows} rows"))
+
+
+def _announced(spec: TensorSpec, made: str) -> str:
+    return f"announced as {spec.dtype} {list(spec.shape)}, made as {made}"
 
 
 def _short_names() -> dict[torch.dtype, str]:

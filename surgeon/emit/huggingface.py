@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from surgeon.axes.branches import ATTENTION
 from surgeon.axes.plan import Plan, Selection, cut, dropped
 from surgeon.axes.space import Expr, leaves
 from surgeon.axes.surgery import share_of
+from surgeon.capture.blocks import Reader
 from surgeon.capture.model import all_params, capture_model
 from surgeon.emit.files import TensorSpec, write_safetensors
 from surgeon.emit.hf_config import (
@@ -31,6 +32,7 @@ from surgeon.emit.hf_config import (
     stock,
 )
 from surgeon.emit.layers import LayerShape, layer_shapes
+from surgeon.emit.pieces import full_shape, pieces
 from surgeon.emit.products import TWO_MAPS, ranked
 from surgeon.emit.scales import Refused, Scale, folded_scales, table_ratios
 from surgeon.errors import Code, SurgeonError
@@ -444,12 +446,27 @@ def write(
     get: Get,
     dtype_of: Callable[[str], torch.dtype],
     *,
+    read: Reader | None = None,
+    block: int = 2**24,
     tokenizer_files: tuple[Path, ...] = (),
     tokenizer: Any = None,
     generation_config: Any = None,
 ) -> None:
-    """Writes the checkpoint into an existing folder, one tensor at a time."""
-    write_tensors(folder, emission, selection, get, dtype_of)
+    """Writes the checkpoint into an existing folder, in blocks of rows where these can be read.
+
+    Args:
+        folder: where to.
+        emission: names, and what is folded into which parameter.
+        selection: the plan's arithmetic.
+        get: reads a parameter in full size, rewrites applied, as fp32.
+        dtype_of: the element type that a parameter is stored in.
+        read: reads rows of the same tensors, in the source's element type.
+        block: bytes that are read, sliced and written at a time.
+        tokenizer_files: as for `describe`, like what follows.
+        tokenizer: likewise.
+        generation_config: likewise.
+    """
+    write_tensors(folder, emission, selection, get, dtype_of, read=read, block=block)
     describe(
         folder,
         emission,
@@ -465,15 +482,29 @@ def write_tensors(
     selection: Selection,
     get: Get,
     dtype_of: Callable[[str], torch.dtype],
+    *,
+    read: Reader | None = None,
+    block: int = 2**24,
 ) -> None:
-    """Writes a checkpoint's tensors into an existing folder, one at a time."""
+    """Writes a checkpoint's tensors into an existing folder; see `write`."""
     from surgeon.capture.exported import DTYPES
 
     def load(name: str) -> torch.Tensor:
         return final(emission, selection, get, name, dtype_of(name))
 
+    def parts(name: str) -> Iterator[torch.Tensor]:
+        assert read is not None
+        scales, full = emission.scales.get(name, ()), full_shape(selection, name)
+        return pieces(selection, scales, read, name, dtype_of(name), full, block)
+
     specs = [
-        TensorSpec(new, DTYPES[dtype_of(old)], selection.shape(old), lambda old=old: load(old))
+        TensorSpec(
+            new,
+            DTYPES[dtype_of(old)],
+            selection.shape(old),
+            lambda old=old: load(old),
+            None if read is None else lambda old=old: parts(old),
+        )
         for old, new in emission.names.items()
     ]
     write_safetensors(folder, specs)

@@ -66,6 +66,9 @@ class Verification:
         reasons: why it isn't, if it isn't.
         cast: largest difference that rounding to the checkpoint's element type makes, if any.
         rounded: whether every stored tensor is the rounding of the verified one, bit for bit.
+        layers: where no model was run as a whole: which branches were, each by itself, on random
+            activations; `probes` has their differences, as shares of the largest value.
+        tokens: how many activations each of them was run on.
     """
 
     largest: float
@@ -75,6 +78,8 @@ class Verification:
     reasons: tuple[str, ...] = ()
     cast: float | None = None
     rounded: bool | None = None
+    layers: tuple[str, ...] = ()
+    tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the outcome as plain data."""

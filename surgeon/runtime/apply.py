@@ -47,6 +47,14 @@ def masked(selection: Selection, name: str, tensor: torch.Tensor) -> torch.Tenso
         selection = Selection(selection.axes, unmasked(selection.plan))
     if not any(selection.touches(e) for e in selection.axes.param_dims(name)):
         return tensor
+    if selection.separable(name):
+        out = tensor.clone()
+        for dim, kept in enumerate(selection.kept(name)):
+            if kept is not None:
+                gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+                gone[torch.from_numpy(kept)] = False
+                out.index_fill_(dim, gone.nonzero().flatten(), 0)
+        return out
     out = torch.zeros_like(tensor).reshape(-1)
     flat = torch.from_numpy(selection.flat(name))
     out[flat] = tensor.reshape(-1)[flat]

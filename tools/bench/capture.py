@@ -1,6 +1,6 @@
-"""Seconds and memory of capture and analysis, for shapes from 135M to 70B; no weights are made.
+"""Seconds and memory of capture and analysis, for shapes from 135M to 405B; no weights are made.
 
-    python tools/bench/capture.py [smollm2|7b|70b]
+    python tools/bench/capture.py [smollm2|7b|70b|405b]
 
 Every shape runs in a process of its own, so that the peak is its own.
 """
@@ -36,6 +36,14 @@ SHAPES = {
         "intermediate_size": 28672,
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "405b": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
