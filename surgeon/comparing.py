@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from surgeon import exporting
+from surgeon.calibrate.parallel import World, join, launched
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.pruned import versions
 from surgeon.ready import Ready, check_name, open_ready
@@ -63,6 +64,9 @@ class Options(TypedDict, total=False):
 
 def evaluate(model: Any, **options: Unpack[Options]) -> Evaluation:
     """Returns what is measured of one model.
+
+    Under a launcher every process takes its share of the windows of texts, and has the figures of
+    all of them.
 
     Args:
         model: an ONNX or .pt2 file or the folder of one, or anything that `open_model` takes.
@@ -125,18 +129,28 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     for model in models:
         check_name(model, trust_remote_code=options.get("trust_remote_code", False))
     options = {**options, "tokenizer": _tokenizer(options.get("tokenizer"))}
+    world = _world(options)
     known = words([*(t.content for t in texts), *settings.prompts])
     names = [m if isinstance(m, str) else _name(m) for m in models]
     found: dict[int, Evaluated] = {}
     with TemporaryDirectory(prefix="surgeon-") as scratch:
         kept = Kept(Path(scratch)) if len(models) > 1 else None
-        run = _Run(settings, texts, known, kept, tasks, options)
+        run = _Run(settings, texts, known, kept, tasks, options, world)
         for index in (against, *(i for i in range(len(models)) if i != against)):
             found[index] = run.model(models[index], names[index])
             gc.collect()
-    speed, why = _speed(models, settings, options)
+    speed, why = _speed(models, settings, options, world)
     ordered = tuple(found[index] for index in range(len(models)))
     return Evaluation(settings, ordered, against, speed, why, len(known), versions())
+
+
+def _world(options: Options) -> World:
+    """Returns the processes that share the windows."""
+    if not launched():
+        return World()
+    from surgeon.runtime.device import choose_torch_device
+
+    return join(choose_torch_device(options.get("device", "auto")).name)
 
 
 def _name(model: Any) -> str:
@@ -154,7 +168,9 @@ class _Run:
         kept: Kept | None,
         tasks: Tasks | None,
         options: Options,
+        world: World,
     ) -> None:
+        self._world = world
         self._settings, self._texts, self._known, self._kept = settings, texts, known, kept
         self._tasks, self._options = tasks, options
         self._reference: list[tuple[Windows, int]] = []
@@ -202,16 +218,20 @@ class _Run:
     def _score_first(self, number: int, text: Text, ready: Ready, name: str) -> Scored:
         """Scores the reference, whose predictions are kept where others follow."""
         windows = self._windows(text, ready, name)
-        sizes: list[int] = []
+        sizes: dict[int, float] = {}
 
         def keep(index: int, logits: Any) -> None:
-            sizes.append(vocabulary(logits))
+            sizes[index] = vocabulary(logits)
             if self._kept is not None and index < self._settings.agreement_windows:
                 self._kept.keep(number, index, logits)
 
-        found = score(ready.run, windows, on_window=keep)
-        self._reference.append((windows, sizes[0]))
+        found = score(ready.run, windows, on_window=keep, world=self._world)
+        self._reference.append((windows, self._size(sizes, windows)))
         return Scored(text.name, found)
+
+    def _size(self, sizes: dict[int, float], windows: Windows) -> int:
+        """Returns how many tokens predictions are about; not every process has a window."""
+        return int(max(self._world.each(sizes, len(windows.ids))))
 
     def _score(self, number: int, text: Text, ready: Ready, name: str) -> Scored:
         windows = self._windows(text, ready, name)
@@ -226,22 +246,24 @@ class _Run:
         elif not self._settings.agreement_windows:
             why = "no windows were asked for"
 
+        sizes: dict[int, float] = {}
+
         def add(index: int, logits: Any) -> None:
-            nonlocal why
-            own = vocabulary(logits)
-            if index == 0 and own != size:
-                why = (
-                    f"it chooses among {own:,} tokens and {self._first} among {size:,}, so that "
-                    "their probabilities can't be compared"
-                )
-            if not why and index < self._settings.agreement_windows:
-                differences.add(kept.load(number, index), logits)
+            sizes[index] = vocabulary(logits)
+            if not why and sizes[index] == size and index < self._settings.agreement_windows:
+                differences.add(kept.load(number, index), logits, index)
 
         found: Perplexity | None = None
         agreement: Agreement | None = None
         try:
-            found = score(ready.run, windows, on_window=add)
-            agreement = None if why else differences.result()
+            found = score(ready.run, windows, on_window=add, world=self._world)
+            own = self._size(sizes, windows)
+            if own != size:
+                why = (
+                    f"it chooses among {own:,} tokens and {self._first} among {size:,}, so that "
+                    "their probabilities can't be compared"
+                )
+            agreement = None if why else differences.result(self._world, len(windows.ids))
         except SurgeonError as error:
             # The others can still be compared; what is missing is said in its place.
             if error.code is not Code.RUNTIME_FAILED:
@@ -281,11 +303,13 @@ def _tokenizer(given: Any) -> Any:
 
 
 def _speed(
-    models: Sequence[Any], settings: Settings, options: Options
+    models: Sequence[Any], settings: Settings, options: Options, world: World
 ) -> tuple[bench.Comparison | None, str]:
     """Returns how fast the models are, or why that can't be told."""
     if not settings.speed:
         return None, ""
+    if world.rank != 0:
+        return None, "the first process takes the time"
     if not all(isinstance(m, str | Path) for m in models):
         return None, "a model in memory has no name by which another process could load it"
     arguments = {

@@ -175,11 +175,13 @@ def quantize(
         SurgeonError: `bad-option`, `bad-checkpoint` where it is quantised already,
             `target-refused`, `bad-output`, `disk-full` or `verify-failed`.
     """
+    from surgeon.calibrate.parallel import rank
     from surgeon.emit.files import check_output
     from surgeon.emit.lowbit.scheme import scheme_of
 
     chosen = scheme_of(scheme)
-    check_output(path, overwrite=overwrite)
+    if rank() == 0:  # which may have written when the others come here
+        check_output(path, overwrite=overwrite)
     made = prune(
         source, plan=Plan(), quantize=chosen, verify=False, trust_remote_code=trust_remote_code
     )

@@ -246,10 +246,6 @@ class Keep:
 
     def add(self, state: State) -> None:
         """Keeps a finished round: complete, or not at all. The first process writes."""
-        from surgeon.calibrate.parallel import rank
-
-        if rank() != 0:
-            return
         made: Pruned = self.result(state)
         made.save(self.folder / f"round-{state.rounds}", overwrite=True, verify=False)
 

@@ -70,6 +70,12 @@ class Report:
         """Returns the report as JSON text."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str) + "\n"
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Returns the report that `to_json` wrote, its values as JSON has them."""
+        data = json.loads(text)
+        return cls(**{**data, "notes": tuple(data["notes"])})
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -275,6 +281,8 @@ class Pruned:
     ) -> Report:
         """Writes the checkpoint, the plan and the report; nothing is there until all of it is.
 
+        Of the processes that a launcher started, the first one writes and the others wait for it.
+
         Args:
             path: a folder that doesn't exist yet, or is empty.
             overwrite: replace an earlier result.
@@ -287,16 +295,23 @@ class Pruned:
             SurgeonError: `bad-output`, `disk-full`, `target-refused` or `verify-failed`.
         """
         from surgeon import packing, saving
+        from surgeon.calibrate.parallel import by_first, launched
         from surgeon.emit.lowbit.scheme import scheme_of
 
         scheme, folder = scheme_of(quantize) or self.quantize, Path(path)
-        if scheme is not None:
+        if scheme is None and measure is not None:
+            raise packing.no_steps(measure, "nothing is quantised")
+
+        def write() -> Report:
+            if scheme is None:
+                return saving.save(self, folder, overwrite=overwrite, verify=verify)
             return packing.save(
                 self, folder, scheme, overwrite=overwrite, verify=verify, measure=measure
             )
-        if measure is not None:
-            raise packing.no_steps(measure, "nothing is quantised")
-        return saving.save(self, folder, overwrite=overwrite, verify=verify)
+
+        if not launched():
+            return write()
+        return Report.from_json(by_first(str(folder), lambda: write().to_json()))
 
 
 def _vocabulary(config: Any) -> int:

@@ -89,7 +89,7 @@ def distilled(
         dense: the dense model's weights.
         now: the weights, in full size, that the plan is applied to.
         streams: what the dense model's last piece (the head) is given: [length, width] by window.
-        ids: this process's token ids [samples, length].
+        ids: this process's token ids [samples, length], as `World.share` gives them; maybe none.
         schedule: steps, their size and number.
         machine: the processes and the device.
 
@@ -104,13 +104,17 @@ def distilled(
     module = module.to(world.device)
     every = [g for pair in gains.values() for g in pair]
     adam = torch.optim.Adam(every, lr=schedule.rate, betas=(0.9, 0.98))
-    each = max(1, round(schedule.windows / world.size))
-    steps = max(1, round(schedule.epochs * world.count(len(ids)) / (each * world.size)))
+    count, each = world.count(len(ids)), max(1, schedule.windows)
+    steps = max(1, round(schedule.epochs * count / each))
     divergences: list[float] = []
     for step in range(steps):
         adam.param_groups[0]["lr"] = schedule.rate * _share(step, steps)
         total = torch.zeros(1)
-        for row in (number % len(ids) for number in range(step * each, (step + 1) * each)):
+        for g in every:
+            g.grad = torch.zeros_like(g)  # there is one to add up where a step has no window here
+        # A step has the same windows, however many processes share them.
+        step_windows = (number % count for number in range(step * each, (step + 1) * each))
+        for row in (w // world.size for w in step_windows if w % world.size == world.rank):
             batch = ids[row : row + 1].to(world.device)
             with torch.no_grad():
                 (wanted,) = head(batch, streams[row][None])
@@ -120,12 +124,8 @@ def distilled(
             found.backward(slope / each)
             total += divergence / each
         world.add(total, *(g.grad for g in every if g.grad is not None))
-        for g in every:
-            if g.grad is not None:
-                g.grad /= world.size
         adam.step()
-        adam.zero_grad()
-        divergences.append(float(total) / world.size)
+        divergences.append(float(total))
     return _folded(program, selection, now, gains), tuple(divergences)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+
+from surgeon.errors import Code, SurgeonError
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What `torchrun` and `accelerate launch` set in the environment of each process."""
@@ -48,11 +52,122 @@ class World:
             dist.all_reduce(moved)
             total.copy_(moved)
 
+    def each(self, values: Mapping[int, float], count: int) -> list[float]:
+        """Returns a number for each window, of which every process knows those of its share.
+
+        They are in the order of windows, so that a sum of them is one process's, bit for bit.
+        """
+        every = torch.zeros(count, dtype=torch.float64)
+        for window, value in values.items():
+            every[window] = value
+        self.add(every)
+        return every.tolist()
+
+    def agree(self, fault: SurgeonError | None) -> None:
+        """Returns if no process has met with a fault; otherwise all of them raise the same one.
+
+        Who raises by itself leaves the others waiting for its numbers.
+
+        Raises:
+            SurgeonError: that of the lowest process that has one.
+        """
+        if self.size == 1:
+            if fault is not None:
+                raise fault
+            return
+        text = b"" if fault is None else json.dumps(_parts(fault)).encode()
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(text)
+        self.add(lengths)
+        if not lengths.any():
+            return
+        rows = torch.zeros((self.size, int(lengths.max())), dtype=torch.int64)
+        rows[self.rank, : len(text)] = torch.tensor(list(text), dtype=torch.int64)
+        self.add(rows)
+        lowest = int(lengths.nonzero()[0])
+        told = bytes(rows[lowest, : int(lengths[lowest])].tolist())
+        raise _refusal(json.loads(told)) from fault
+
     def count(self, number: int) -> int:
         """Returns the sum of a whole number over all processes."""
         total = torch.tensor([number], dtype=torch.int64)
         self.add(total)
         return int(total)
+
+
+_WRITTEN: Counter[str] = Counter()
+
+
+def by_first(what: str, write: Callable[[], str]) -> str:
+    """Returns what `write` returns, run by the first process alone, on every one that calls this.
+
+    The first process doesn't wait for the others, which wait until it is through; so it may be
+    called by the first one only, too.
+
+    Args:
+        what: what is written, such as its path: the same words on all processes.
+        write: writes, and returns a text that tells of it.
+
+    Raises:
+        SurgeonError: what `write` raised, on all processes; `runtime-failed` on the others where
+            it was something else.
+    """
+    if not launched():
+        return write()
+    from torch.distributed import TCPStore
+
+    place = os.environ
+    if place.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        join()  # then the first process has the store, not the launcher
+    first = rank() == 0
+    _WRITTEN[what] += 1
+    # What all of a group do together, all wait for; a message in the store waits for its reader.
+    key = f"surgeon/{_WRITTEN[what]}/{what}"
+    store = TCPStore(
+        place["MASTER_ADDR"], int(place["MASTER_PORT"]), is_master=False, timeout=_PATIENCE
+    )
+    if not first:
+        return _told(store.get(key).decode())
+    try:
+        text = write()
+    except SurgeonError as error:
+        store.set(key, json.dumps({"refused": _parts(error)}))
+        raise
+    except BaseException as error:
+        store.set(key, json.dumps({"failed": f"{type(error).__name__}: {error}"}))
+        raise
+    store.set(key, json.dumps({"text": text}))
+    return text
+
+
+def _told(message: str) -> str:
+    """Returns what the first process came to."""
+    found = json.loads(message)
+    if "refused" in found:
+        raise _refusal(found["refused"])
+    if "failed" in found:
+        raise SurgeonError(
+            Code.RUNTIME_FAILED,
+            "the first process could not write the result",
+            at="process 0",
+            why=found["failed"],
+            try_="see what that process says",
+        )
+    return str(found["text"])
+
+
+def _parts(error: SurgeonError) -> list[str]:
+    return [error.code.value, error.what, error.at, error.why, error.try_]
+
+
+def _refusal(parts: Sequence[str]) -> SurgeonError:
+    code, what, at, why, try_ = parts
+    return SurgeonError(Code(code), what, at=at, why=why, try_=try_)
+
+
+def launched(env: Mapping[str, str] = os.environ) -> bool:
+    """Tells whether this process is one of several that a launcher started."""
+    return all(name in env for name in LAUNCHED) and int(env["WORLD_SIZE"]) > 1
 
 
 def rank(env: Mapping[str, str] = os.environ) -> int:
@@ -67,8 +182,7 @@ def join(device: str = "cpu", env: Mapping[str, str] = os.environ) -> World:
         device: `cpu`, or `cuda` for the GPU of this process's local rank.
         env: the environment that the launcher set.
     """
-    alone = not all(name in env for name in LAUNCHED) or int(env["WORLD_SIZE"]) == 1
-    if alone:
+    if not launched(env):
         return World(device=device)
     import torch.distributed as dist
 

@@ -62,7 +62,8 @@ def calibrate(
                 why=f"there are {', '.join(STATISTICS)}",
                 try_=near(name, STATISTICS),
             )
-    check_output_file(out, overwrite=overwrite)
+    if rank() == 0:  # which may have written when the others come here
+        check_output_file(out, overwrite=overwrite)
     recipe = Recipe((), samples, length, seed)
     if calibration:
         recipe = replace(recipe, pieces=pieces_of(calibration, samples, length, seed).pieces)

@@ -69,7 +69,10 @@ def evaluate(
     overwrite: OverwriteOption = False,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Measure perplexity and size; on demand speed, tasks, and what a model writes."""
+    """Measure perplexity and size; on demand speed, tasks, and what a model writes.
+
+    Under torchrun or accelerate launch every process scores its share of the windows.
+    """
     from surgeon.comparing import evaluate as measure
 
     _check_outputs(markdown, html, overwrite)
@@ -186,10 +189,11 @@ def _progress() -> Generator[Callable[[str], None] | None]:
 
 
 def _check_outputs(markdown: Path | None, html: Path | None, overwrite: bool) -> None:
+    from surgeon.calibrate.parallel import rank
     from surgeon.emit.files import check_output_file
 
     for path in (markdown, html):
-        if path is not None:
+        if path is not None and rank() == 0:
             check_output_file(path, overwrite=overwrite)
 
 
@@ -202,10 +206,13 @@ def _show(
     overwrite: bool,
 ) -> None:
     """Prints an evaluation and writes the files that were asked for."""
+    from surgeon.calibrate.parallel import rank
     from surgeon.emit.files import output_file
     from surgeon.report import comparison_table as t
     from surgeon.report.comparison_page import comparison_page
 
+    if rank() != 0:
+        return  # all processes have the same figures
     for path, content in ((markdown, t.markdown), (html, comparison_page)):
         if path is not None:
             with output_file(path, overwrite=overwrite) as partial:

@@ -102,9 +102,11 @@ def _need_out(out: Path | None, dry_run: bool, overwrite: bool) -> None:
             why="the smaller model has to go somewhere",
             try_="-o FOLDER, or --dry-run to see the plan",
         )
+    from surgeon.calibrate.parallel import rank
     from surgeon.emit.files import check_output
 
-    check_output(out, overwrite=overwrite)
+    if rank() == 0:  # which may have written when the others come here
+        check_output(out, overwrite=overwrite)
 
 
 def _done(
@@ -120,16 +122,16 @@ def _done(
     from surgeon.calibrate.parallel import rank
     from surgeon.commands.printing import print_report
 
-    if rank() != 0:
-        return  # of the processes that a launcher started, the first one writes
     if out is None:
         report = result.report
         if not result.is_graph:
             report = replace(report, notes=(*report.notes, *result.emission.notes))
     else:
         report = result.save(out, overwrite=overwrite, verify=verify, measure=scoring)
-        if result.report.as_recipe.get("schedule") and _rounds(out).is_dir():
-            shutil.rmtree(_rounds(out))
+    if rank() != 0:
+        return  # of the processes that a launcher started, the first one has written, and tells
+    if out is not None and result.report.as_recipe.get("schedule") and _rounds(out).is_dir():
+        shutil.rmtree(_rounds(out))
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:

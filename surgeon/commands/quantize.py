@@ -41,6 +41,7 @@ def quantize(
     trust_remote_code: RemoteOption = False,
 ) -> None:
     """Store a checkpoint's weights in fewer bits, after pruning or without."""
+    from surgeon.calibrate.parallel import rank
     from surgeon.commands.printing import print_report
     from surgeon.emit.lowbit.scheme import Scheme
     from surgeon.exporting import quantize as write
@@ -54,6 +55,8 @@ def quantize(
         measure=values.measuring(measure_text, measure_windows, measure_window),
         trust_remote_code=trust_remote_code,
     )
+    if rank() != 0:
+        return
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:

@@ -71,13 +71,14 @@ def recover(
     }
     options = {name: value for name, value in named.items() if value is not None}
     options = {**values.options(option or [], "--option"), **options}
-    check_output(out, overwrite=overwrite)
+    if rank() == 0:  # which may have written when the others come here
+        check_output(out, overwrite=overwrite)
     result = train(
         pruned, source=source, verify=False, trust_remote_code=trust_remote_code, **options
     )
+    report = result.save(out, overwrite=overwrite, verify=not no_verify)
     if rank() != 0:
         return
-    report = result.save(out, overwrite=overwrite, verify=not no_verify)
     if checkpoints is None and kept.is_dir():
         shutil.rmtree(kept)
     if as_json:

@@ -7,6 +7,7 @@ which holds any half precision as it is.
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
     import torch
+
+    from surgeon.calibrate.parallel import World
 
 _ROWS = 128
 """Positions compared at a time, as for perplexity."""
@@ -89,27 +92,36 @@ class Differences:
     """The differences of a model from what was kept, added up window by window."""
 
     def __init__(self) -> None:
-        self._same = self._tokens = 0
-        self._kl = 0.0
+        self._found: dict[int, tuple[float, float, float]] = {}
 
-    def add(self, reference: torch.Tensor, logits: Any) -> None:
+    def add(self, reference: torch.Tensor, logits: Any, window: int | None = None) -> None:
         """Adds a window.
 
         Args:
             reference: what was kept of it, [window − 1, vocab].
             logits: the model's, [1, window, vocab].
+            window: its number among those of all processes; the next one without it.
         """
         own = _rows(logits)
+        same, kl = 0, 0.0
         for first in range(0, len(own), _ROWS):
             ours = own[first : first + _ROWS]
             theirs = reference[first : first + _ROWS].to(ours.device)
-            self._same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            self._kl += divergence(theirs, ours)
-        self._tokens += len(own)
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            kl += divergence(theirs, ours)
+        self._found[len(self._found) if window is None else window] = (same, kl, len(own))
 
-    def result(self) -> Agreement:
-        """Returns the means over everything that was added."""
-        return Agreement(self._same / self._tokens, self._kl / self._tokens, self._tokens)
+    def result(self, world: World | None = None, windows: int = 0) -> Agreement:
+        """Returns the means over everything that was added.
+
+        Args:
+            world: processes that have each added their windows; all return the same, bit for bit.
+            windows: of all of them.
+        """
+        columns = [{w: found[i] for w, found in self._found.items()} for i in range(3)]
+        each = [list(c.values()) if world is None else world.each(c, windows) for c in columns]
+        same, kl, tokens = (math.fsum(values) for values in each)
+        return Agreement(same / tokens, kl / tokens, int(tokens))
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> float:

@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.logits import logits_of, positions_of, vocabulary_of
+
+if TYPE_CHECKING:
+    from surgeon.calibrate.parallel import World
 
 _ROWS = 128
 """Positions scored at a time: a log-softmax of a whole window is as large as all its logits."""
@@ -182,7 +185,12 @@ def windows_of(
 
 
 def score(
-    model: Any, windows: Windows, *, progress: bool = False, on_window: OnWindow | None = None
+    model: Any,
+    windows: Windows,
+    *,
+    progress: bool = False,
+    on_window: OnWindow | None = None,
+    world: World | None = None,
 ) -> Perplexity:
     """Returns the perplexity over windows, each scored by itself and without a cache.
 
@@ -191,6 +199,8 @@ def score(
         windows: what to score it on.
         progress: show a bar on standard error.
         on_window: called with the logits of every window after it was scored.
+        world: processes that share the windows; all of them return the same, bit for bit, but
+            the seconds, which are this one's. `on_window` hears of its own windows.
 
     Raises:
         SurgeonError: as `perplexity`.
@@ -200,14 +210,28 @@ def score(
     if vocab is not None:  # looking up a row that isn't there ends in an error of the library's
         _check_ids(windows.ids, vocab)
     count, window = windows.ids.shape
-    total = seconds = 0.0
-    for index, ids in enumerate(_bar(windows.ids[:, None], progress)):
+    first, size = (0, 1) if world is None else (world.rank, world.size)
+    losses: dict[int, float] = {}
+    seconds = 0.0
+    fault: SurgeonError | None = None
+    for index, ids in enumerate(_bar(windows.ids[first::size, None], progress)):
         start = time.perf_counter()
-        logits = run(ids)
-        total += _negative_log_likelihood(logits, ids)
+        place = first + index * size
+        try:
+            logits = run(ids)
+            losses[place] = _negative_log_likelihood(logits, ids)
+        except SurgeonError as error:
+            fault = error  # the others wait for this process's numbers
+            break
         seconds += time.perf_counter() - start
         if on_window is not None:
-            on_window(index, logits)
+            on_window(place, logits)
+    if world is not None:
+        world.agree(fault)
+        losses = dict(enumerate(world.each(losses, count)))
+    elif fault is not None:
+        raise fault
+    total = math.fsum(losses.values())
     tokens = count * (window - 1)
     mean = total / tokens
     # exp overflows at 709.8: no finite double is that bad.

@@ -33,7 +33,11 @@ from surgeon.axes.plan import Plan, cut
 from surgeon.axes.settle import analyse
 from surgeon.calibrate.data import Windows
 from surgeon.calibrate.gathered import Gathered
+from surgeon.calibrate.parallel import World, by_first, join, rank
+from surgeon.errors import Code, SurgeonError
 from surgeon.ir import parse
+from surgeon.report.agreement import Differences
+from surgeon.report.evaluate import Windows as Texts, score
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
@@ -60,7 +64,46 @@ def numbers(axes, get, ids):
         found[f"{name} counts"] = torch.tensor(counts)
     found["similarity"] = torch.tensor(list(data.similarity(["model.layers.0"]).values()))
     found["loss"] = torch.tensor(data.loss(plan))
+    moved = data.divergences([(plan, lambda name: None), (Plan(), lambda name: None)])
+    found["divergences"] = torch.tensor([[d.mean, d.deviation] for d in moved])
+    gains, curve = data.distilled(plan, rate=1e-2, epochs=3, windows=2)
+    found["gains"] = torch.cat([gains[name].flatten() for name in sorted(gains)])
+    found["gains, steps"] = torch.tensor(curve)
+    found |= scores(ids, join())
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+
+
+def scores(ids, world):
+    """Perplexity of one model, and how far it is from another: exact, whoever computes them."""
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(100, 100, generator=draw) for _ in range(2))
+    texts, apart = Texts("text", ids.numpy()), Differences()
+    def add(window, logits):
+        apart.add(other[ids[window, :-1]], logits, window)
+    found = score(lambda ids: one[torch.as_tensor(ids)], texts, on_window=add, world=world)
+    agreed = apart.result(world, len(ids))
+    values = [found.perplexity, found.tokens, agreed.top1, agreed.kl, agreed.tokens]
+    return {"exact": torch.tensor(values, dtype=torch.float64)}
+
+
+def saves(folder):
+    """What a process hears of two writings, of which the second is refused."""
+    def write():
+        with (folder / "writers.txt").open("a") as file:
+            file.write(f"{rank()}\\n")
+        return f"written by {rank()}"
+    def refuse():
+        raise SurgeonError(Code.DISK_FULL, "what", at="at", why="why", try_="try")
+    def fault(ids):
+        raise SurgeonError(Code.RUNTIME_FAILED, f"fault of {rank()}", at="at", why="why", try_="try")
+    heard = [by_first("a", write)]
+    texts = Texts("text", torch.zeros(1, 3, dtype=torch.int64).numpy())  # the first one's alone
+    for failing in (lambda: by_first("a", refuse), lambda: score(fault, texts, world=join())):
+        try:
+            failing()
+        except SurgeonError as error:
+            heard.append(str(error))
+    (folder / f"heard-{rank()}.txt").write_text("; ".join(heard))
 
 
 if __name__ == "__main__":
@@ -68,10 +111,10 @@ if __name__ == "__main__":
     axes = analyse(parse((folder / "program.txt").read_text()))
     get = load_file(folder / "weights.safetensors").__getitem__
     ids = load_file(folder / "ids.safetensors")["ids"]
-    from surgeon.calibrate.parallel import rank
     for windows in (5, 1):
         out = folder / f"found-{windows}-{rank()}.safetensors"
         save_file(numbers(axes, get, ids[:windows]), out)
+    saves(folder)
 '''
 
 
@@ -103,11 +146,19 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
             found = load_file(tmp_path / f"found-{windows}-{number}.safetensors")
             assert found.keys() == alone.keys()
             for name, tensor in found.items():
-                if "count" in name:
+                if "count" in name or name == "exact":
                     assert torch.equal(tensor, alone[name])
                     continue
                 size = float(alone[name].abs().max())
                 torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5 * size)
+
+
+    assert (tmp_path / "writers.txt").read_text().split() == ["0"]
+    refused = "[disk-full] what\n  at  at\n  why why\n  try try"
+    fault = refused.replace("disk-full", "runtime-failed").replace("] what", "] fault of 0")
+    for number in (0, 1):
+        heard = (tmp_path / f"heard-{number}.txt").read_text()
+        assert heard == f"written by 0; {refused}; {fault}"
 
 
 def test_one_alone_shares_nothing_and_waits_for_nobody() -> None:
