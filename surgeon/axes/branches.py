@@ -8,6 +8,7 @@ from surgeon.ir.program import ParamRef, Program, Ref, op_refs
 
 ATTENTION = ("surgeon.attention", "aten.scaled_dot_product_attention.default")
 SPELLED = (*ATTENTION, "aten.softmax.int", "aten._softmax.default")
+DISPATCH = "surgeon.dispatch"
 TOPK = "aten.topk.default"
 ADD = "aten.add.Tensor"
 
