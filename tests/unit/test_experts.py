@@ -141,7 +141,7 @@ def test_groups_that_are_chosen_hold_what_is_chosen_in_them():
     (groups,), (within,) = axes.of_role("expert_groups"), axes.of_role("experts")
     # 2 of 3 groups by the sum of their best two, then 3 experts of those.
     assert (groups.size, groups.least) == (3, 2) and (within.size, within.least) == (4, 2)
-    assert within.outer == (groups.name,)
+    assert within.outer == (groups.name,) and groups.prunable
 
 
 def test_numbers_that_no_top_k_made_pin_what_they_count():
