@@ -76,6 +76,8 @@ class FusedWeights(SafetensorsWeights):
         return self._entries[found.parts[0][0]].dtype, tuple(out)
 
     def _read(self, name: str) -> torch.Tensor:
+        if name not in self._fused:
+            return super()._read(name)
         return self._read_rows(name, 0, self._meta(name)[1][0])
 
     def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
