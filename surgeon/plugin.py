@@ -138,6 +138,10 @@ class Calibration(Protocol):
         """Returns by branch how alike the residual stream is before and after it."""
         ...
 
+    def routing(self) -> Mapping[str, Any]:
+        """Returns how experts were used, by the value that tells where tokens are sent."""
+        ...
+
     def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
         """Returns the mean negative log-likelihood of the data's tokens under a plan."""
         ...
@@ -260,6 +264,14 @@ class Context:
         For passes that need `activations: similarity`.
         """
         return self.data.similarity(tuple(branches))
+
+    def routing(self) -> Mapping[str, Any]:
+        """Returns the `Routing` of each mixture of experts: how often each is used, what it adds.
+
+        For passes that need `activations: routing`. Keys are the values of the program that tell
+        where tokens are sent, [tokens, experts].
+        """
+        return self.data.routing()
 
     def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
         """Returns the masked model's mean negative log-likelihood on the calibration data.

@@ -8,6 +8,7 @@ from surgeon.ir.program import ParamRef, Program, Ref, op_refs
 
 ATTENTION = ("surgeon.attention", "aten.scaled_dot_product_attention.default")
 SPELLED = (*ATTENTION, "aten.softmax.int", "aten._softmax.default")
+DISPATCH = "surgeon.dispatch"
 TOPK = "aten.topk.default"
 ADD = "aten.add.Tensor"
 
@@ -18,7 +19,7 @@ class Branch:
 
     `add` is the index of the addition, `operand` the argument that goes. `params` are the
     parameters that nothing else needs, `ops` the operations; `layer` is the module path of the
-    addition, which branches of one layer share.
+    last addition of the sum, which branches of one layer share.
     """
 
     name: str
@@ -132,16 +133,16 @@ def find_branches(program: Program) -> tuple[Branch, ...]:
     """
     up = _ancestors(program)
     inner: set[int] = set()
-    trees: list[list[tuple[int, int, str]]] = []
+    trees: list[tuple[int, list[tuple[int, int, str]]]] = []
     for index in range(len(program.ops) - 1, -1, -1):
         if program.ops[index].target != ADD or index in inner or not _same_shape(program, index):
             continue
         leaves = _addends(program, index)
         inner |= {add for add, _, _ in leaves}
-        trees.append(leaves)
+        trees.append((index, leaves))
     out: list[Branch] = []
     names: dict[str, int] = {}
-    for leaves in reversed(trees):
+    for top, leaves in reversed(trees):
         made = {value: program.producer.get(value) for _, _, value in leaves}
 
         def from_(value: str, source: str, made: dict[str, int | None] = made) -> bool:
@@ -173,7 +174,7 @@ def find_branches(program: Program) -> tuple[Branch, ...]:
             if not any(len(program.param[name].type.shape) > 1 for name in own):
                 continue
             kind = "attention" if any(_attends(program, i) for i in ops) else "mlp"
-            layer = program.ops[add].module
+            layer = program.ops[top].module
             base = f"{layer}/{kind}" if layer else kind
             names[base] = names.get(base, 0) + 1
             name = base if names[base] == 1 else f"{base}~{names[base]}"

@@ -245,7 +245,7 @@ def allowed(
         return (not only or names.within(only)) and not names.touched(freeze)
 
     return (
-        frozenset(a.name for a in axes.axes if a.prunable and a.size > 1 and may(a)),
+        frozenset(a.name for a in axes.axes if a.prunable and a.size > a.least and may(a)),
         frozenset(b.name for b in axes.branches if may(b)),
     )
 

@@ -13,7 +13,7 @@ from math import prod
 from typing import cast
 
 from surgeon.axes.axes import Axes, Axis
-from surgeon.axes.branches import ATTENTION
+from surgeon.axes.branches import ATTENTION, DISPATCH
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import Expr, Extent, Factor, Sum, leaves
 from surgeon.ir.program import Arg, Op, ParamRef, Ref, Size, op_refs
@@ -239,6 +239,7 @@ class Costs:
         for use in self.axes.facts.uses:
             if use.kind == "contract" and len(list(op_refs(program.ops[use.op]))) > 1:
                 contracted.setdefault(use.op, []).append(self.axes.facts.space.resolve(use.expr))
+        sent = self._sent()
         for index, over in contracted.items():
             op = program.ops[index]
             result = self.axes.dims.get("%" + op.outputs[0], ())
@@ -247,6 +248,9 @@ class Costs:
                 out += self._products(index, (*q[:-1], k[-2], *over))
                 out += self._products(index, (*q[:-1], k[-2], result[-1]))
                 out += self._state(index, op.arg(1), op.arg(2))
+            elif result and result[0] in sent:
+                # A token goes through those experts that it is sent to, whatever runs the graph.
+                out += self._products(index, (*result[1:], *over), sent[result[0]])
             else:
                 out += self._products(index, (*result, *over))
                 scores = spelled_attention(cast(Context, _View(self.axes, op)))
@@ -254,8 +258,18 @@ class Costs:
                     out += self._state(index, scores.arg(1), op.arg(1))
         return out
 
-    def _products(self, index: int, exprs: tuple[Expr, ...]) -> list[_Term]:
-        """Multiply-adds over the product of some dimensions, for one token of one row."""
+    def _sent(self) -> dict[Expr, int]:
+        """How many experts a token is sent to, by the expression of all of them."""
+        out: dict[Expr, int] = {}
+        for op in self.axes.program.ops:
+            if op.target == DISPATCH:
+                count = self.axes.program.type_of(op.arg(0)).shape[-1]
+                if isinstance(count, int):
+                    out[self.axes.dims["%" + op.outputs[0]][-1]] = count
+        return out
+
+    def _products(self, index: int, exprs: tuple[Expr, ...], times: int = 1) -> list[_Term]:
+        """So many times the multiply-adds over some dimensions, for one token of one row."""
         symbols: list[str] = []
         static = tuple(self._static(expr, symbols) for expr in exprs)
         for symbol in self._symbols:
@@ -264,7 +278,7 @@ class Costs:
             symbols.remove(symbol)
         if len(symbols) > 1:
             return []
-        unit = Cost(flops_context=2) if symbols else Cost(flops=2)
+        unit = Cost(flops_context=2 * times) if symbols else Cost(flops=2 * times)
         return [_Term(unit, static, self.axes.program.ops[index].module, op=index)]
 
     def _state(self, index: int, *kept: Arg) -> list[_Term]:

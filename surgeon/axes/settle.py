@@ -30,6 +30,7 @@ ROLE_ORDER = (
     "rotary",
     "qk",
     "v",
+    "expert_groups",
     "experts",
     "ffn",
     "rank",
@@ -249,6 +250,8 @@ class _Settler:
                     role = "q_per_kv" if atom in repeated else tag
                 elif tag == "qk" and (atoms.count(atom) > 1 or atom in paired):
                     role = "rotary"
+                elif tag == "experts" and atom != atoms[-1]:
+                    role = "expert_groups"
                 elif tag in tagged:
                     continue
                 found.setdefault(atom, set()).add(role)

@@ -25,12 +25,16 @@ def freedom(axes: Axes, axis: Axis) -> str:
         return "nothing"
     if axis.size == 1:
         return "nothing: it has one index"
+    if axis.size <= axis.least:
+        return f"nothing: {axis.least} of it are chosen at once"
     count = places(axes, axis)
     what = f"any of its {axis.size}"
     if count == 2 and axis.gauge is Gauge.PAIRWISE:
         what += " pairs"
     elif count > 1:
         what += f", each in {count} places of a dimension"
+    if axis.least > 1:
+        what += f", of which {axis.least} stay"
     if not axis.outer:
         return what
     inside = " and ".join(axis.outer)

@@ -21,6 +21,7 @@ from surgeon.calibrate.gradients import Fisher, Gradients, there_and_back
 from surgeon.calibrate.loss import mean_loss
 from surgeon.calibrate.moments import Moments, together
 from surgeon.calibrate.parallel import join
+from surgeon.calibrate.routing import Routing, routes
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine
 from surgeon.calibrate.segments import segments, unchanged
 from surgeon.calibrate.sequential import Solve, sequential
@@ -54,6 +55,7 @@ class _Known:
     gradients: dict[str, Gradients] = field(default_factory=dict[str, Gradients])
     fisher: dict[str, Fisher] = field(default_factory=dict[str, Fisher])
     similarity: dict[str, float] = field(default_factory=dict[str, float])
+    routing: dict[str, Routing] = field(default_factory=dict[str, Routing])
     streams: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
     def of(self, values: Collection[str]) -> _Known:
@@ -224,6 +226,13 @@ class Gathered:
             self._forward(Asked(spans=every))
         return {name: self._known.similarity[name] for name in branches}
 
+    def routing(self) -> Mapping[str, Routing]:
+        """Returns how experts were used, by the value that tells where tokens are sent."""
+        found = routes(self.axes.program)
+        if found and not self._known.routing:
+            self._forward(Asked(routes=found))
+        return dict(self._known.routing)
+
     def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
         """Returns the masked model's mean negative log-likelihood of a predicted token, in nats.
 
@@ -386,6 +395,7 @@ class Gathered:
         self._check_enough(asked.second, tokens)
         for _, seen in walk(self.axes.program, self.read, ids, asked, self.machine):
             self._keep(asked, seen.moments, seen.similarity)
+            self._known.routing.update(seen.routing)
 
     def _there_and_back(
         self, params: Sequence[str], outputs: Sequence[str], asked: Asked | None = None

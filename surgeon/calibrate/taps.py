@@ -9,6 +9,7 @@ import torch
 
 from surgeon.calibrate.moments import Moments, Sums
 from surgeon.calibrate.parallel import World
+from surgeon.calibrate.routing import Route, Routing, Uses
 from surgeon.calibrate.running import not_finite
 from surgeon.calibrate.segments import Segment
 from surgeon.calibrate.similarity import Cosine, Span
@@ -22,22 +23,25 @@ class Asked:
         second: values whose moments are asked for whole.
         norms: values whose moments are asked for without products between channels.
         spans: stretches of the residual stream, by branch or layer.
+        routes: mixtures of experts, by the value that tells where tokens are sent.
     """
 
     second: frozenset[str] = frozenset()
     norms: frozenset[str] = frozenset()
     spans: Mapping[str, Span] = field(default_factory=dict[str, Span])
+    routes: Mapping[str, Route] = field(default_factory=dict[str, Route])
 
     def __bool__(self) -> bool:
-        return bool(self.second or self.norms or self.spans)
+        return bool(self.second or self.norms or self.spans or self.routes)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was read off: moments by value, cosines by branch or layer."""
+    """What was read off: moments by value, cosines by branch or layer, uses of experts."""
 
     moments: Mapping[str, Moments]
     similarity: Mapping[str, float]
+    routing: Mapping[str, Routing] = field(default_factory=dict[str, Routing])
 
 
 class Taps:
@@ -61,9 +65,12 @@ class Taps:
         self._begin = {n: s for n, s in self._begin.items() if n not in self._end}
         self._within = {n for n, s in self._end.items() if s.before is None or s.before in here}
         self._cosines = {name: Cosine() for name in self._end}
+        self._routes = {n: r for n, r in asked.routes.items() if r.added in set(own)}
+        self._uses = {n: Uses(_width(piece, r.sent)) for n, r in self._routes.items()}
         wanted = [*self._sums, *(s.before for s in self._begin.values())]
         for name, s in self._end.items():
             wanted += [s.after, s.part, *([s.before] if name in self._within else [])]
+        wanted += [v for r in self._routes.values() for v in (r.sent, r.added)]
         self.values = tuple(dict.fromkeys(v for v in wanted if v is not None))
 
     def add(self, batch: int, found: Sequence[torch.Tensor]) -> None:
@@ -71,6 +78,8 @@ class Taps:
         by_name = dict(zip(self.values, found, strict=True))
         for name, sums in self._sums.items():
             sums.add(by_name[name])
+        for name, route in self._routes.items():
+            self._uses[name].add(by_name[route.sent], by_name[route.added])
         for name, span in self._begin.items():
             assert span.before is not None
             self._held[name, batch] = by_name[span.before].detach().cpu()
@@ -100,7 +109,8 @@ class Taps:
         for name, m in moments.items():
             if not bool(torch.isfinite(m.square).all()):
                 raise not_finite(f"value %{name}")
-        return Seen(moments, {name: c.done(world) for name, c in self._cosines.items()})
+        similarity = {name: c.done(world) for name, c in self._cosines.items()}
+        return Seen(moments, similarity, {n: u.done(world) for n, u in self._uses.items()})
 
 
 Held = dict[tuple[str, int], torch.Tensor]

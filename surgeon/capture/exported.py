@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
+from surgeon.capture.pieces import joined
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import (
     Arg,
@@ -456,5 +457,5 @@ def read(
         _returned(Program(), outputs),
         tuple(reader.guards),
     )
-    program = simplified(program)
+    program = simplified(joined(program))
     return replace(program, symbols=tuple(symbols.values())), constants

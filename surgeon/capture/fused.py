@@ -53,9 +53,7 @@ class FusedWeights(SafetensorsWeights):
     ) -> None:
         super().__init__(folder, aliases, rename)
         self._fused = {
-            name: found
-            for name, found in fuse(self._entries.keys()).items()
-            if self._alike(found)
+            name: found for name, found in fuse(self._entries.keys()).items() if self._alike(found)
         }
         taken = {part for found in self._fused.values() for part in found.names}
         own = [name for name in self._entries if name not in taken]
@@ -78,6 +76,8 @@ class FusedWeights(SafetensorsWeights):
         return self._entries[found.parts[0][0]].dtype, tuple(out)
 
     def _read(self, name: str) -> torch.Tensor:
+        if name not in self._fused:
+            return super()._read(name)
         return self._read_rows(name, 0, self._meta(name)[1][0])
 
     def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -139,7 +139,9 @@ def fusions(stored: Collection[str], model: nn.Module) -> dict[str, Fused]:
             if not isinstance(rule, WeightConverter):
                 continue
             new, pattern = rule.rename_source_key(name)
-            new = next((n for n in (new, prefix + new, new.removeprefix(prefix)) if n in wanted), "")
+            new = next(
+                (n for n in (new, prefix + new, new.removeprefix(prefix)) if n in wanted), ""
+            )
             if pattern is not None and new:
                 lists.setdefault(new, (rule, {}))[1].setdefault(pattern, []).append(key)
                 break

@@ -26,7 +26,9 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="of the windows' starts")] = 0,
     statistics: Annotated[
         str,
-        typer.Option(help="any of moments, norms, gradients, fisher, similarity, with commas"),
+        typer.Option(
+            help="any of moments, norms, gradients, fisher, similarity, routing, with commas"
+        ),
     ] = "moments,similarity",
     device: DeviceOption = "cpu",
     offload: Annotated[

@@ -25,6 +25,9 @@ SHARED = ("n_shared_experts",)
 HEADS = ("num_attention_heads", "n_head")
 KV_HEADS = ("num_key_value_heads",)
 HEAD_DIM = ("head_dim",)
+ROTATED, NOT_ROTATED = "qk_rope_head_dim", ("qk_nope_head_dim",)
+"""Of multi-head latent attention."""
+V_HEAD_DIM = ("v_head_dim",)
 DEPTH = ("num_hidden_layers", "n_layer")
 LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type")
 """Fields with one entry a layer; other lists (several end tokens) may be as long by chance."""
@@ -89,6 +92,20 @@ def _sliced(data: dict[str, Any], depth: int, kept: Sequence[int]) -> None:
             data[name] = [value[i] for i in kept]
 
 
+def _set_heads(data: dict[str, Any], config: Any, shape: Shape) -> None:
+    first = shape.layers[0]
+    _set(data, config, HEADS, first.heads)
+    _set(data, config, KV_HEADS, first.kv_heads)
+    if ROTATED in data:  # a head's width is in parts, and head_dim that of the rotated one
+        _set(data, config, NOT_ROTATED, first.qk - int(data[ROTATED]))
+        _set(data, config, V_HEAD_DIM, first.v)
+        return
+    _set(data, config, HEAD_DIM, first.qk)
+    if first.qk * first.heads != shape.hidden:
+        # Many classes read this width without declaring it; by itself it would be another.
+        data.setdefault("head_dim", first.qk)
+
+
 def _set_mlps(data: dict[str, Any], config: Any, shape: Shape) -> None:
     """Sets the widths of dense layers, and count, groups and width of experts in the others."""
     dense = next((s.ffn for s in shape.layers if not s.expert_ffn and s.ffn), 0)
@@ -122,12 +139,7 @@ def original(config: Any, model_class: type, shape: Shape) -> Candidate:
     _set(data, config, DEPTH, len(shape.kept_layers))
     _set_mlps(data, config, shape)
     if first.heads:
-        _set(data, config, HEADS, first.heads)
-        _set(data, config, KV_HEADS, first.kv_heads)
-        _set(data, config, HEAD_DIM, first.qk)
-        if first.qk * first.heads != shape.hidden:
-            # Many classes read this width without declaring it; by itself it would be another.
-            data.setdefault("head_dim", first.qk)
+        _set_heads(data, config, shape)
     data.pop("quantization_config", None)
     data.pop("per_layer_config", None)
     if all(c.__module__.startswith("transformers.") for c in (model_class, type(config))):

@@ -46,6 +46,11 @@ AUTO_MAP = {
 }
 
 
+GROUPED = 8
+"""What the rows of experts' weights are multiples of, for torch's grouped products, which
+Transformers uses: they want strides of 16 bytes, and weights have two bytes or more."""
+
+
 @dataclass(frozen=True)
 class Emission:
     """Everything that makes a Transformers checkpoint of a plan.
@@ -271,6 +276,18 @@ def described(
 
 
 def multiple_of(axes: Axes, config: Any, model_class: type) -> dict[str, int]:
+    """Returns what widths should be multiples of, by axis, for a class of Transformers."""
+    out = _heads_divide(axes, config, model_class)
+    for axis in axes.axes:
+        if any(axes.get(name).role == "experts" for name in axis.outer):
+            out[axis.name] = GROUPED
+    if axes.of_role("experts"):
+        for axis in axes.of_role("hidden"):
+            out[axis.name] = math.lcm(out.get(axis.name, 1), GROUPED)
+    return out
+
+
+def _heads_divide(axes: Axes, config: Any, model_class: type) -> dict[str, int]:
     """Returns what the residual width should be a multiple of, by axis, for a stock class.
 
     Some configurations refuse widths that the heads don't divide. None says so: it is found by

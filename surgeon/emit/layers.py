@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from math import prod
 
 from surgeon.axes.axes import Axes
-from surgeon.axes.branches import ATTENTION, Branch
+from surgeon.axes.branches import ATTENTION, DISPATCH, Branch
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.space import leaves
 from surgeon.ir.program import Op, ParamRef, Ref
 
-DISPATCH = "surgeon.dispatch"
 _PROJECTIONS = {"aten.linear.default": 0, "aten.addmm.default": 1}
 """Operations that contract with a weight, and which argument they contract."""
 
@@ -97,6 +96,8 @@ def _attention(axes: Axes, selection: Selection, op: Op) -> dict[str, object]:
     q, k, v = axes.dims[_key(op, 0)], axes.dims[_key(op, 1)], axes.dims[_key(op, 2)]
     groups = [a for a in leaves(k[1]) if a in axes.numbered and axes.numbered[a].role == "kv_heads"]
     kv_heads = prod(s for s in (selection.size(a) for a in groups) if isinstance(s, int))
+    if op.target == "surgeon.attention":  # heads are repeated inside the operation, not before
+        kv_heads = selection.width(k[1])
     scale, window = op.kwarg("scale"), op.kwarg("window")
     before = selection.full_width(q[-1])
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgeon.ops.rule import Atoms, Context, Flow, rule
+from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule
 
 
 def _nothing(f: Flow) -> Atoms:
@@ -12,8 +12,7 @@ def _nothing(f: Flow) -> Atoms:
 @rule(
     *("aten.arange.default", "aten.arange.start", "aten.arange.start_step"),
     *("aten.ones.default", "aten.zeros.default", "aten.full.default", "aten.new_ones.default"),
-    *("aten.new_zeros.default", "aten.ones_like.default", "aten.zeros_like.default"),
-    *("aten.scalar_tensor.default", "aten.full_like.default", "aten.eye.default"),
+    *("aten.new_zeros.default", "aten.scalar_tensor.default", "aten.eye.default"),
     *("aten.empty.memory_format", "aten.new_full.default"),
     vanish=_nothing,
 )
@@ -22,3 +21,14 @@ def create(c: Context) -> None:
     for dim, size in zip(c.out(), c.op.types[0].shape, strict=True):
         if isinstance(size, int) and size != 1:
             c.pin(dim, "a tensor is made here with this size as a literal")
+
+
+@rule(
+    *("aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"),
+    vanish=_nothing,
+)
+def alike(c: Context) -> None:
+    """Has the sizes of another tensor, whatever they come to."""
+    for a, b in zip(c.dims(c.op.arg(0)), c.out(), strict=True):
+        c.equate(a, b)
+        c.use(b, "map", Gauge.PERMUTATION)
