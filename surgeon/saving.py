@@ -55,6 +55,10 @@ def save(pruned: Pruned, path: Path, *, overwrite: bool, verify: bool) -> Report
         for name in emission.names
         if (dtype_of := pruned.dtype(name))
     )
+    if verify and not pruned.fits:
+        from surgeon.spotting import check_room
+
+        check_room(pruned)
     start = time.perf_counter()
     with output_folder(path, overwrite=overwrite, need_bytes=sum(sizes)) as folder:
         hf.write(

@@ -14,7 +14,7 @@ from surgeon.capture.source import resolve
 from surgeon.capture.weights import Weights
 from surgeon.emit import huggingface as hf
 from surgeon.errors import Code, SurgeonError
-from surgeon.report.spots import Side, check_layers, masked_program
+from surgeon.report.spots import Side, check_layers, masked_program, needed
 from surgeon.report.verify import Verification
 from surgeon.runtime.apply import masked
 from surgeon.runtime.logits import positions_of
@@ -84,6 +84,19 @@ def verify_layers(pruned: Pruned, folder: Path, *, trust_remote_code: bool = Fal
         positions=positions_of(found),
     )
     return replace(made, rounded=True)
+
+
+def check_room(pruned: Pruned) -> None:
+    """Refuses, before anything is written, what its layers could not be compared in.
+
+    Raises:
+        SurgeonError: `bad-option`, with the number that is needed.
+    """
+    pruned.memory.check(
+        needed(masked_program(pruned.axes, pruned.plan)),
+        "the largest layer is compared in fp32 once it is written",
+        "or --no-verify now, and surgeon verify OUT --by-layer where there is more",
+    )
 
 
 def _rounded(pruned: Pruned, name: str, dtype: torch.dtype) -> bool:
