@@ -11,7 +11,7 @@ import torch
 from surgeon.capture.blocks import Reader, extent, spans, stream
 from surgeon.capture.model import capture_model
 from surgeon.capture.source import resolve
-from surgeon.capture.weights import Weights
+from surgeon.capture.weights import Weights, same_bits
 from surgeon.emit import huggingface as hf
 from surgeon.errors import Code, SurgeonError
 from surgeon.report.spots import Side, check_layers, masked_program, needed
@@ -65,7 +65,7 @@ def verify_layers(pruned: Pruned, folder: Path, *, trust_remote_code: bool = Fal
         if old is None or not _rounded(pruned, old, dtype):
             return _wide(stored.blocks, name, stored.shape(name), dtype, block)
         want = hf.final(pruned.emission, pruned.selection, pruned.full, old, torch.float32)
-        if dtype != pruned.dtype(old) or not torch.equal(stored[name], want.to(dtype)):
+        if dtype != pruned.dtype(old) or not same_bits(stored[name], want.to(dtype)):
             raise SurgeonError(
                 Code.VERIFY_FAILED,
                 f"{name} is not what the plan gives",

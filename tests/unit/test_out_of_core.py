@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from surgeon.ahead import ahead
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.capture.blocks import GAP, Buffers, spans
-from surgeon.capture.weights import SafetensorsWeights
+from surgeon.capture.weights import SafetensorsWeights, same_bits
 from surgeon.emit import huggingface as hf
 from surgeon.errors import Code, SurgeonError
 from surgeon.memory import LEAST, Memory, resident
@@ -200,6 +201,32 @@ def test_indices_chosen_anew_in_every_group_are_sliced_as_a_whole_tensor(
     whole = origin.read(query).reshape(3, 2, 8, -1)
     want = torch.stack([whole[0, 0], whole[1, 1], whole[2, 0]]).reshape(24, -1)
     assert torch.equal(SafetensorsWeights(tmp_path / "out")[query].float(), want)
+
+
+@pytest.mark.parametrize("narrow", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_eight_bit_floats_stay_what_they_are(
+    folder: Path, tmp_path: Path, narrow: torch.dtype
+) -> None:
+    weights = SafetensorsWeights(folder)
+    tensors = {n: weights[n].to(narrow if "proj" in n else torch.bfloat16) for n in weights}
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_bytes((folder / "config.json").read_bytes())
+    found = prune(source, roles={"ffn": 0.25}, verify=False)
+    report = found.save(out)
+    assert report.verification is not None and report.target["dtype"] == "bfloat16"
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = found.plan.by_axis["model.layers.0.mlp/ffn"].array
+    stored = SafetensorsWeights(out)
+    assert stored.dtype(name) == narrow
+    assert same_bits(stored[name], tensors[name].view(torch.uint8)[kept].view(narrow))
+    largest = tensors[name].float().abs().amax(1)
+    for other in ("gate", "down"):
+        side = tensors[name.replace("up", other)].float().abs()
+        largest = largest.maximum(side.amax(1 if other == "gate" else 0))
+    gone = np.setdiff1d(np.arange(80), kept)
+    assert largest[gone].max() <= largest[torch.from_numpy(kept)].min()
 
 
 # --- how much memory -----------------------------------------------------------------------------
