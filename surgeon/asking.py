@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgeon.axes.budget import Budget, allowed, allowed_params, check_ratio, decoder_params
 from surgeon.errors import Code, SurgeonError
-from surgeon.memory import Memory
+from surgeon.memory import START, Memory
 from surgeon.opening import Model
 from surgeon.planning import Passes
 
@@ -241,6 +241,7 @@ def check_memory(origin: Model, recipe: Recipe, passes: Passes, memory: Memory) 
     Raises:
         SurgeonError: `bad-option`, with the number that is needed.
     """
+    memory.check(START, "tensors are read, scored, sliced and written in blocks")
     if not passes.look or not memory.asked:
         return
     from surgeon.calibrate.segments import segments

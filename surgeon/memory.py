@@ -13,13 +13,27 @@ from surgeon.errors import Code, SurgeonError
 SHARE = 0.5
 """Of what is free, how much a run takes that is told nothing."""
 
-LEAST = 96 * 2**20
-"""Bytes to work in, beside what the process holds already: buffers, and room for small things."""
+LEAST = 64 * 2**20
+"""Bytes that blocks are read, sliced and written in."""
+
+START = 256 * 2**20
+"""Bytes that a run takes once its model is open: such blocks, and what describes the result."""
 
 _UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 

@@ -17,7 +17,7 @@ from surgeon.axes.plan import Plan, dropped
 from surgeon.axes.renumber import MAP_FILE
 from surgeon.capture.configs import config_and_class, quantised, read_config
 from surgeon.capture.exported import DTYPES
-from surgeon.capture.weights import SafetensorsWeights
+from surgeon.capture.weights import SafetensorsWeights, computable, same_bits
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
 from surgeon.emit.hf_config import VLLM_TYPE
@@ -132,6 +132,10 @@ def _checkpoint(pruned: Pruned, folder: Path, *, verify: bool) -> Form:
     emission, source = pruned.emission, pruned.source
     dtype = main_dtype(pruned, emission)
     emission = hf.with_dtype(emission, dtype)
+    if verify and not pruned.fits:
+        from surgeon.spotting import check_room
+
+        check_room(pruned)
     start = time.perf_counter()
     hf.write(
         folder,
@@ -172,11 +176,14 @@ def moved(pruned: Pruned, loaded: Any) -> float:
 
 
 def main_dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
-    """The element type most weights have: what the configuration says."""
+    """The element type most weights have, of those that can be computed in.
+
+    It is what the configuration says: weights in 8-bit floats are widened when they are loaded.
+    """
     weight: dict[torch.dtype, int] = {}
     for name in emission.names:
         dtype = pruned.dtype(name)
-        if dtype.is_floating_point:
+        if computable(dtype):
             weight[dtype] = weight.get(dtype, 0) + prod(pruned.selection.shape(name))
     return max(weight, key=lambda d: weight[d]) if weight else torch.float32
 
@@ -330,8 +337,7 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
     emission = pruned.emission
     for old, new in emission.names.items():
         want = hf.final(emission, pruned.selection, pruned.full, old, pruned.dtype(old))
-        same = new in stored and stored.dtype(new) == want.dtype
-        if not same or not torch.equal(stored[new], want):
+        if new not in stored or not same_bits(stored[new], want):
             raise SurgeonError(
                 Code.VERIFY_FAILED,
                 f"{new} is not what the plan gives",

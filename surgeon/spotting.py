@@ -11,10 +11,10 @@ import torch
 from surgeon.capture.blocks import Reader, extent, spans, stream
 from surgeon.capture.model import capture_model
 from surgeon.capture.source import resolve
-from surgeon.capture.weights import Weights
+from surgeon.capture.weights import Weights, same_bits
 from surgeon.emit import huggingface as hf
 from surgeon.errors import Code, SurgeonError
-from surgeon.report.spots import Side, check_layers, masked_program
+from surgeon.report.spots import Side, check_layers, masked_program, needed
 from surgeon.report.verify import Verification
 from surgeon.runtime.apply import masked
 from surgeon.runtime.logits import positions_of
@@ -65,7 +65,7 @@ def verify_layers(pruned: Pruned, folder: Path, *, trust_remote_code: bool = Fal
         if old is None or not _rounded(pruned, old, dtype):
             return _wide(stored.blocks, name, stored.shape(name), dtype, block)
         want = hf.final(pruned.emission, pruned.selection, pruned.full, old, torch.float32)
-        if dtype != pruned.dtype(old) or not torch.equal(stored[name], want.to(dtype)):
+        if dtype != pruned.dtype(old) or not same_bits(stored[name], want.to(dtype)):
             raise SurgeonError(
                 Code.VERIFY_FAILED,
                 f"{name} is not what the plan gives",
@@ -84,6 +84,19 @@ def verify_layers(pruned: Pruned, folder: Path, *, trust_remote_code: bool = Fal
         positions=positions_of(found),
     )
     return replace(made, rounded=True)
+
+
+def check_room(pruned: Pruned) -> None:
+    """Refuses, before anything is written, what its layers could not be compared in.
+
+    Raises:
+        SurgeonError: `bad-option`, with the number that is needed.
+    """
+    pruned.memory.check(
+        needed(masked_program(pruned.axes, pruned.plan)),
+        "the largest layer is compared in fp32 once it is written",
+        "or --no-verify now, and surgeon verify OUT --by-layer where there is more",
+    )
 
 
 def _rounded(pruned: Pruned, name: str, dtype: torch.dtype) -> bool:

@@ -123,16 +123,18 @@ def _others(part: Any, dims: tuple[int, ...]) -> tuple[int, ...]:
 def _largest(part: Any, dims: tuple[int, ...]) -> Any:
     """Returns the largest absolute values over all dimensions but some, float64.
 
-    Of 16-bit numbers the bits without the sign are ordered as the absolute values are, NaN above
-    all: they are compared as integers, which is several times as fast.
+    Of numbers of 16 and 8 bits those without the sign are ordered as the absolute values are, NaN
+    above all: they are compared as integers, which is several times as fast.
     """
     import torch
 
     over = _others(part, dims)
-    if part.dtype not in (torch.bfloat16, torch.float16) or not part.is_contiguous():
+    width = part.element_size()
+    if width > 2 or not part.is_floating_point() or not part.is_contiguous():
         found = part.detach().abs()
         return (found.amax(over) if over else found).double().numpy()
-    bits = part.view(torch.int16).numpy() & np.int16(0x7FFF)
+    whole = part.view(torch.int16 if width == 2 else torch.int8).numpy()
+    bits = whole & whole.dtype.type(0x7FFF if width == 2 else 0x7F)
     bits = bits.max(over) if over else bits
     return torch.from_numpy(np.ascontiguousarray(bits)).view(part.dtype).double().numpy()
 

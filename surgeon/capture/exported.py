@@ -42,6 +42,8 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "u8",
     torch.bool: "bool",
     torch.complex64: "c64",
+    torch.float8_e4m3fn: "f8e4m3",
+    torch.float8_e5m2: "f8e5m2",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from surgeon.capture.blocks import Buffers, Span
 from surgeon.capture.weights import HEAD, SafetensorsWeights, Weights, file_heads
 
 _NUMBER = re.compile(r"\d+")
@@ -94,6 +95,20 @@ class FusedWeights(SafetensorsWeights):
                 out[row - start].narrow(found.dim - 1, at, width).copy_(super()._read(part[row]))
             at += width
         return out
+
+    def _blocks(
+        self, name: str, wanted: Sequence[Span], buffers: Buffers
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        if name not in self._fused:
+            yield from super()._blocks(name, wanted, buffers)
+            return
+        for start, stop in wanted:
+            yield start, self._read_rows(name, start, stop)
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Returns file and offset, of the first part where there are several."""
+        found = self._fused.get(self._stored(name))
+        return super().place(name if found is None else found.names[0])
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 over names, element types, shapes and the first bytes of each."""

@@ -202,7 +202,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 dtype, shape = self._meta(name)
                 if shape != param.type.shape:
                     wrong.append(f"{name} is {list(shape)} and should be {list(param.type.shape)}")
-                elif param.kind == "parameter" and not computable(dtype):
+                elif param.kind == "parameter" and not dtype.is_floating_point:
                     wrong.append(f"{name} holds {dtype}, which is a packed or quantised form")
             self._check_tie(list(dict.fromkeys(self._own[n] for n in held)))
         if missing:
@@ -224,7 +224,7 @@ class Weights(Mapping[str, torch.Tensor]):
         """Whether two tensors of one shape hold the same values; they are read in blocks."""
         rows = spans(*extent(self.shape(name), self.dtype(name).itemsize), BLOCK)
         left, right = (self.blocks(n, rows, Buffers(1, BLOCK)) for n in (name, other))
-        return all(torch.equal(a, b) for (_, a), (_, b) in zip(left, right, strict=True))
+        return all(same_bits(a, b) for (_, a), (_, b) in zip(left, right, strict=True))
 
     def _misfit(self, what: str, faults: list[str]) -> NoReturn:
         more = f", and {len(faults) - 4} more" if len(faults) > 4 else ""
@@ -240,6 +240,15 @@ class Weights(Mapping[str, torch.Tensor]):
 def computable(dtype: torch.dtype) -> bool:
     """Whether a parameter of this type holds its values themselves, not a packed form."""
     return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits, 8-bit floats included."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    if left.dtype.is_floating_point and left.dtype.itemsize == 1:
+        return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+    return torch.equal(left, right)
 
 
 def bad_checkpoint(

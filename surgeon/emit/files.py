@@ -33,6 +33,8 @@ SAFETENSORS_NAMES: dict[str, tuple[str, int]] = {
     "bool": ("BOOL", 1),
     "u8": ("U8", 1),
     "i8": ("I8", 1),
+    "f8e5m2": ("F8_E5M2", 1),
+    "f8e4m3": ("F8_E4M3", 1),
     "i16": ("I16", 2),
     "f16": ("F16", 2),
     "bf16": ("BF16", 2),

@@ -74,13 +74,31 @@ def parts(program: Program) -> tuple[Part, ...]:
     """Returns a program's pieces, each branch of the residual stream by itself."""
     out: list[Part] = []
     for piece in segments(program):
-        if piece.added is not None:
+        if _adds(piece):
             out.append(Part((piece,), True))
         elif out and not out[-1].branch:
             out[-1] = replace(out[-1], pieces=(*out[-1].pieces, piece))
         else:
             out.append(Part((piece,), False))
     return tuple(out)
+
+
+def _adds(piece: Segment) -> bool:
+    """Whether a piece adds something that it makes of what it is given."""
+    if piece.added is None:
+        return False
+    made = replace(piece.program, outputs=(piece.added,)).without_dead_code()
+    return piece.given in made.consumers
+
+
+def needed(program: Program) -> int:
+    """Returns the bytes that comparing the layers of a program takes.
+
+    One side is held after the other, but for what lies before the first branch: there both are, and
+    are compared batch by batch.
+    """
+    first, *others = parts(program)
+    return int(4.5 * max([2 * first.elements, *(part.elements for part in others)]))
 
 
 def check_layers(
@@ -127,11 +145,9 @@ def check_layers(
             "another order",
         )
     check = _Check(Selection(axes, plan), dense, sliced, tokens, positions, seed)
+    memory.check(needed(dense.program), "the largest layer is compared in fp32")
     found: list[Difference] = []
     for number, (a, b) in enumerate(zip(left, right, strict=True)):
-        # One after the other, but for the first, of which every batch is compared at once.
-        held = max(a.elements, b.elements) if number else a.elements + b.elements
-        memory.check(int(4.5 * held), f"{b.label} is compared in fp32")
         largest = check.part(a, b, last=number == len(left) - 1)
         if not largest <= tolerance:
             raise _failed(

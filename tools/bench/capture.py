@@ -58,7 +58,7 @@ def measure(name: str) -> dict[str, float | str]:
     from surgeon.capture.model import capture_model
 
     libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
     made = time.perf_counter()
@@ -73,6 +73,7 @@ def measure(name: str) -> dict[str, float | str]:
         "build_s": round(made - start, 2),
         "capture_s": round(captured - made, 2),
         "analyse_s": round(analysed - captured, 2),
+        "cpu_s": round(time.process_time() - begun, 2),
         "libraries_mib": round(libraries),
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }

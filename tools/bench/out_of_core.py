@@ -180,7 +180,7 @@ def measure(at: Path, layers: int, memory: str, ratio: float) -> dict[str, float
     told = json.loads((out / "surgeon.json").read_text())
     settle(source)
     settle(out)
-    checked, most, _ = measured([*surgeon, "verify", str(out), "--by-layer", "--memory", memory])
+    checked, most, _ = measured([*surgeon, "verify", str(out), "--by-layer"])
     shutil.rmtree(out)
     settle(source)
     copied = copy(ranges, wanted, at / "copy")
