@@ -108,7 +108,10 @@ class FusedWeights(SafetensorsWeights):
     def place(self, name: str) -> tuple[str, int]:
         """Returns file and offset, of the first part where there are several."""
         found = self._fused.get(self._stored(name))
-        return super().place(name if found is None else found.names[0])
+        if found is None:
+            return super().place(name)
+        first = self._entries[found.names[0]]
+        return str(first.file), first.start
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 over names, element types, shapes and the first bytes of each."""
