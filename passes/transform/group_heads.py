@@ -92,15 +92,12 @@ class GroupHeads(TransformPass):
     def _check(self, context: Context, found: Sequence[Axis]) -> None:
         every = context.axes.of_role("kv_heads")
         for axis in every:
-            why = (
-                f"its {axis.size} heads don't make {self._count(axis)} groups of one size"
-                if self._count(axis) > axis.size or axis.size % self._count(axis)
-                else ""
-            )
-            cut = grouping(axis, self._count(axis))
-            reasons = grouping_obstacles(context.axes, axis, cut) if not why else ()
-            if why or reasons:
-                raise context.unable(axis.name, why or reasons[0].why)
+            count = self._count(axis)
+            if count > axis.size or axis.size % count:
+                why = f"its {axis.size} heads don't make {count} groups of one size"
+                raise context.unable(axis.name, why)
+            for reason in grouping_obstacles(context.axes, axis, grouping(axis, count)):
+                raise context.unable(axis.name, reason.why)
         if not found:
             raise context.unable(
                 "the attention",
