@@ -24,6 +24,7 @@ from surgeon.emit.files import TensorSpec, write_safetensors
 from surgeon.emit.hf_config import (
     PACKAGED,
     PER_LAYER_FAMILIES,
+    SHARED,
     Biases,
     Candidate,
     Shape,
@@ -278,12 +279,18 @@ def described(
 def multiple_of(axes: Axes, config: Any, model_class: type) -> dict[str, int]:
     """Returns what widths should be multiples of, by axis, for a class of Transformers."""
     out = _heads_divide(axes, config, model_class)
-    for axis in axes.axes:
-        if any(axes.get(name).role == "experts" for name in axis.outer):
-            out[axis.name] = GROUPED
-    if axes.of_role("experts"):
-        for axis in axes.of_role("hidden"):
-            out[axis.name] = math.lcm(out.get(axis.name, 1), GROUPED)
+    if not axes.of_role("experts"):
+        return out
+    for axis in axes.of_role("hidden"):
+        out[axis.name] = math.lcm(out.get(axis.name, 1), GROUPED)
+    widths = axes.of_role("ffn")
+    inner = [a for a in widths if any(axes.get(n).role == "experts" for n in a.outer)]
+    out |= {axis.name: GROUPED for axis in inner}
+    shared = next((int(getattr(config, n, 0) or 0) for n in SHARED if hasattr(config, n)), 0)
+    if shared:
+        # The MLP beside the experts has the width of so many, before and after: both round alike.
+        sizes = {axis.size * shared for axis in inner}
+        out |= {a.name: GROUPED * shared for a in widths if a not in inner and a.size in sizes}
     return out
 
 
