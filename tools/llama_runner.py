@@ -1,11 +1,12 @@
-"""Runs a GGUF file by llama.cpp, in the environment that tools/llama_cpp makes, and not in Surgeon's.
+"""Runs a GGUF file by llama.cpp, in the environment that tools/llama_cpp makes, not in Surgeon's.
 
     .venv-llama/bin/python tools/llama_runner.py REQUEST.json ANSWER.json
 
-The request names the file and may have `prompt` (token ids to go on from) with `new` (how many tokens to
-write, the likeliest each time) and `vocab` (its size), and `texts` (to be cut into tokens). The answer has the tokens that
-were written, for each of them the logarithms of all tokens' probabilities, and the texts' tokens.
-Keys and values are cached in fp32: a difference is then the file's, and not the cache's.
+The request names the file and may have `prompt` (token ids to go on from) with `new` (how many
+tokens to write, the likeliest each time) and `vocab` (its size), and `texts` (to be cut into
+tokens). The answer has the tokens that were written, for each of them the logarithms of all tokens'
+probabilities, and the texts' tokens. Keys and values are cached in fp32: a difference is then the
+file's, and not the cache's.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def tokens(server: Any, text: str) -> list[int]:
     """Returns the token ids of a text, with those that begin and end it."""
     body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
     url = f"{server.listening_address}/tokenize"
-    with urllib.request.urlopen(urllib.request.Request(url, body)) as found:  # noqa: S310
+    with urllib.request.urlopen(urllib.request.Request(url, body)) as found:
         return json.load(found)["tokens"]
 
 
 def written(server: Any, prompt: list[int], new: int, vocab: int) -> dict[str, Any]:
-    """Returns the likeliest tokens after a prompt, and all tokens' log-probabilities before each."""
+    """Returns the likeliest tokens after a prompt, and before each all log-probabilities."""
     found = server.handle_completions(
         {
             "prompt": prompt,

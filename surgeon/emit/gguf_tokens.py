@@ -118,9 +118,9 @@ def _cut(data: dict[str, Any]) -> str:
     if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
         if kinds == ["ByteLevel"] and last.get("use_regex", True):
             return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True):
-            if steps[0].get("individual_digits"):
-                return "smollm"
+        digits = kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits")
+        if digits and last.get("use_regex", True):
+            return "smollm"
         if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
             found = _SPLIT.fullmatch(str(steps[0]["pattern"].get("Regex", "")))
             name = CUT.get(found["digits"]) if found else None

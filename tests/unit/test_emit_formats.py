@@ -1,4 +1,4 @@
-"""Results in formats of runtimes with classes of their own: what is written, and what is refused."""
+"""Results for runtimes with classes of their own: what is written, and what is refused."""
 
 from __future__ import annotations
 

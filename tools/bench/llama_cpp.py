@@ -2,9 +2,9 @@
 
     tools/llama_cpp        # makes the environment with llama.cpp, then runs this and the tests
 
-For each result: the largest difference between the log-probabilities of all tokens, as a share of the
-largest magnitude, at the end of a prompt and after each token written; whether both write the same
-text; and whether both cut texts into the same tokens.
+For each result: the largest difference between the log-probabilities of all tokens, as a share of
+the largest magnitude, at the end of a prompt and after each token written; how many tokens both
+write alike; and, of the dense model, into which tokens both cut texts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,7 +64,8 @@ def compared(file: Path, model: Any, prompt: list[int], new: int, **asked: Any) 
     vocab = int(model.config.vocab_size)
     found = llama_cpp(file, prompt=prompt, new=new, vocab=vocab, **asked)
     tokens, want = transformers(model, prompt, new)
-    same = next((i for i, (a, b) in enumerate(zip(found["written"], tokens, strict=True)) if a != b), new)
+    pairs = enumerate(zip(found["written"], tokens, strict=True))
+    same = next((i for i, (a, b) in pairs if a != b), new)
     got = torch.tensor(found["logprobs"], dtype=torch.float64)
     # After a token that differs both go on from different texts.
     rows = min(same + 1, new)
@@ -71,29 +73,22 @@ def compared(file: Path, model: Any, prompt: list[int], new: int, **asked: Any) 
     return {"difference": float(apart), "same_tokens": same, "of": new, "texts": found["texts"]}
 
 
-def variants(opened: Any) -> dict[str, Any]:
-    """Returns results of every form: dense, layers alike, and layers that differ or lack a branch."""
-    uniform = surgeon.prune(
-        opened, recipe="fast", roles={"ffn": 0.25, "kv_heads": 1 / 3}, verify=False, target="gguf"
-    )
-    hidden = surgeon.prune(
-        opened, recipe="fast", roles={"hidden": 1 / 9}, verify=False, target="gguf"
-    )
-    some = surgeon.prune(
-        opened, recipe="fast", roles={"ffn": 0.25, "kv_heads": 1 / 3}, verify=False, target="gguf",
-        only=["model.layers.1?"],
-    )
-    gone = [b.name for b in opened.axes.branches if b.layer.endswith(".20")]
-    gone += [b.name for b in opened.axes.branches if b.layer.endswith(".21") and b.kind == "attention"]
+def variants(opened: Any) -> Iterator[tuple[str, Any]]:
+    """Yields results of every form: dense, layers alike, and layers that differ."""
+    asked = {"recipe": "fast", "verify": False, "target": "gguf"}
+    yield "dense", surgeon.prune(opened, plan=Plan(), verify=False, target="gguf")
+    shares = {"ffn": 0.25, "kv_heads": 1 / 3}
+    some = surgeon.prune(opened, roles=shares, only=["model.layers.1?.*"], **asked)
+    gone = [
+        b.name
+        for b in opened.axes.branches
+        if b.layer.endswith(".20") or (b.layer.endswith(".21") and b.kind == "attention")
+    ]
     plan = replace(some.plan, branches=tuple(gone))
-    return {
-        "dense": surgeon.prune(opened, plan=Plan(), verify=False, target="gguf"),
-        "MLPs and heads, layers alike": uniform,
-        "residual width": hidden,
-        "ten layers, one whole layer, one attention": surgeon.prune(
-            opened, plan=plan, verify=False, target="gguf"
-        ),
-    }
+    mixed = surgeon.prune(opened, plan=plan, verify=False, target="gguf")
+    yield "ten layers narrower, one gone, one without attention", mixed
+    yield "MLPs and heads alike", surgeon.prune(opened, roles=shares, **asked)
+    yield "residual width", surgeon.prune(opened, roles={"hidden": 1 / 9}, **asked)
 
 
 def main() -> None:
@@ -108,13 +103,14 @@ def main() -> None:
     prompt = tokenizer(PROMPT)["input_ids"]
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as name:
-        for i, (label, result) in enumerate(variants(opened).items()):
+        for i, (label, result) in enumerate(variants(opened)):
             start = time.perf_counter()
             folder = Path(name, str(i))
             report = result.save(folder)
             written = time.perf_counter() - start
             model = result.model.float()
-            row = compared(folder / "model.gguf", model, prompt, NEW, texts=TEXTS if i == 0 else ())
+            texts = TEXTS if i == 0 else ()
+            row = compared(folder / "model.gguf", model, prompt, NEW, texts=texts)
             row |= {"result": label, "verified": report.verification["largest"], "seconds": written}
             row |= {k: report.target[k] for k in ("architecture", "dtype", "bytes")}
             rows.append(row)
