@@ -155,8 +155,8 @@ def multiples_of(origin: Model, target: str) -> Callable[[], Mapping[str, int]]:
     """Returns what tells, when asked, which multiples the targets want.
 
     Raises:
-        SurgeonError: `bad-option` for a target that there isn't, `target-refused` for one that can't
-            express the model even as it is.
+        SurgeonError: `bad-option` for a target that there isn't, `target-refused` for one that
+            can't express the model even as it is.
     """
     from surgeon.axes.plan import Plan
     from surgeon.emit.target import TRANSFORMERS, check_targets, get_target, names_of

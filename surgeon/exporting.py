@@ -385,8 +385,8 @@ def _gguf_type(dtype: str | None, quantize: str | None) -> str:
             if asked not in known
             else "a GGUF file's matrices have one type",
             at=f"--to gguf {what} {asked}",
-            why="its matrices are written in fp32, fp16 or bf16, or packed as q8_0; llama.cpp's own "
-            "llama-quantize makes the others of these",
+            why="its matrices are written in fp32, fp16 or bf16, or packed as q8_0; llama.cpp's "
+            "own llama-quantize makes the others of these",
             try_=f"{what} " + " or ".join(known),
         )
     return asked
@@ -421,9 +421,8 @@ def _export_format(
     room = formats.need_bytes(whole)
     if alone:
         with output_file(path, overwrite=overwrite, need_bytes=room) as file:
-            facts, found = formats.write(
-                whole, to, file.parent, verify=check, **options, name=file.name
-            )
+            options["file"] = file.name
+            facts, found = formats.write(whole, to, file.parent, verify=check, **options)
     else:
         with output_folder(path, overwrite=overwrite, need_bytes=room) as folder:
             facts, found = formats.write(whole, to, folder, verify=check, **options)
@@ -436,7 +435,9 @@ def _export_format(
             text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
             (folder / MARKER).write_text(text, encoding="utf-8")
     notes = tuple(facts.pop("notes"))
-    said = f"wrote {path}: {facts['architecture']}, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB"
+    said = (
+        f"wrote {path}: {facts['architecture']}, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB"
+    )
     if found is not None:
         said += f", within {found.largest:.1e} of the model's values; every tensor read back"
         facts["largest_difference"] = found.largest

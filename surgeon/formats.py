@@ -1,4 +1,4 @@
-"""Writes results for runtimes with classes of their own: verified as a model, then tensor by tensor."""
+"""Writes results for runtimes with classes of their own: verified, then read back by tensor."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def write(
 def check(pruned: Pruned, name: str, folder: Path, **options: Any) -> v.Verification:
     """Returns how what was written for a target compares with the masked reference of its plan.
 
-    A model that computes what the target's class does, on the tensors before they are rounded, has to
-    give the reference's logits; the file has to hold the rounding of these tensors.
+    A model that computes what the target's class does, on the tensors before they are rounded, has
+    to give the reference's logits; the file has to hold the rounding of these tensors.
 
     Raises:
         SurgeonError: `verify-failed`.

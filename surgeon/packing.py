@@ -63,7 +63,9 @@ def check_scheme(scheme: Scheme | None, target: str, id: str) -> None:
         return
     if target != "transformers":
         if "gguf" in target.split(","):
-            try_ = "surgeon prune --to transformers, then surgeon export OUT --to gguf --quantize q8_0"
+            try_ = (
+                "surgeon prune --to transformers, then surgeon export OUT --to gguf --quantize q8_0"
+            )
         else:
             try_ = "surgeon prune first, then surgeon export OUT --to onnx --quantize int4"
         raise SurgeonError(

@@ -135,7 +135,7 @@ def prune(
         dynamic_shapes: the same.
         trust_remote_code: run modelling code that comes with a checkpoint.
         target: `transformers`, `vllm` or `gguf`, or a graph target (`pt2`, `onnx`), which can
-            express any plan; several with commas between them, and the plan keeps to all their rules.
+            express any plan; several with commas between them, whose rules then all hold.
         schedule: keys of a recipe's schedule: `rounds`, `shape`, `stop_if_worse_than`.
         rounds: folder where finished rounds of a recipe's schedule are kept, from which a run after
             an interruption goes on.

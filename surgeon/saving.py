@@ -357,7 +357,7 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
 
 
 def written(folder: Path) -> Mapping[str, Path]:
-    """Returns where an earlier prune wrote for which target: in the folder, or in one of its own."""
+    """Returns where an earlier prune wrote for which target: there, or in a folder of its own."""
     known = find_targets()
     inside = [name for name in (TRANSFORMERS, *known) if (folder / name).is_dir()]
     if inside and not (folder / "config.json").is_file():

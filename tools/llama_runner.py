@@ -1,11 +1,12 @@
-"""Runs a GGUF file by llama.cpp, in the environment that tools/llama_cpp makes, and not in Surgeon's.
+"""Runs a GGUF file by llama.cpp, in the environment that tools/llama_cpp makes, not in Surgeon's.
 
     .venv-llama/bin/python tools/llama_runner.py REQUEST.json ANSWER.json
 
-The request names the file and may have `prompt` (token ids to go on from), `new` (how many tokens to
-write, the likeliest each time) and `texts` (to be cut into tokens). The answer has the tokens that
-were written, for each of them the logarithms of all tokens' probabilities, and the texts' tokens.
-Keys and values are cached in fp32: a difference is then the file's, and not the cache's.
+The request names the file and may have `prompt` (token ids to go on from) with `new` (how many
+tokens to write, the likeliest each time) and `vocab` (its size), and `texts` (to be cut into
+tokens). The answer has the tokens that were written, for each of them the logarithms of all tokens'
+probabilities, and the texts' tokens. Keys and values are cached in fp32: a difference is then the
+file's, and not the cache's.
 """
 
 from __future__ import annotations
@@ -38,8 +39,30 @@ def tokens(server: Any, text: str) -> list[int]:
     """Returns the token ids of a text, with those that begin and end it."""
     body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
     url = f"{server.listening_address}/tokenize"
-    with urllib.request.urlopen(urllib.request.Request(url, body)) as found:  # noqa: S310
+    with urllib.request.urlopen(urllib.request.Request(url, body)) as found:
         return json.load(found)["tokens"]
+
+
+def written(server: Any, prompt: list[int], new: int, vocab: int) -> dict[str, Any]:
+    """Returns the likeliest tokens after a prompt, and before each all log-probabilities."""
+    found = server.handle_completions(
+        {
+            "prompt": prompt,
+            "n_predict": new,
+            "temperature": 0.0,
+            "n_probs": vocab,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+    )
+    steps = found["choices"][0]["logprobs"]["content"]
+    rows: list[list[float]] = []
+    for step in steps:
+        row = [float("-inf")] * vocab
+        for token in step["top_logprobs"]:
+            row[token["id"]] = token["logprob"]
+        rows.append(row)
+    return {"written": [step["id"] for step in steps], "logprobs": rows}
 
 
 def main(request: str, answer: str) -> None:
@@ -47,19 +70,8 @@ def main(request: str, answer: str) -> None:
     server = started(asked["model"])
     out: dict[str, Any] = {"texts": [tokens(server, text) for text in asked.get("texts", [])]}
     if "prompt" in asked:
-        found = server.handle_completions(
-            {
-                "prompt": asked["prompt"],
-                "n_predict": asked["new"],
-                "temperature": 0.0,
-                "n_probs": asked["vocab"],
-                "return_tokens": True,
-                "ignore_eos": False,
-                "cache_prompt": False,
-            }
-        )
-        out["raw"] = found
-    Path(answer).write_text(json.dumps(out))
+        out |= written(server, asked["prompt"], asked["new"], asked["vocab"])
+    Path(answer).write_text(json.dumps(out), encoding="utf-8")
 
 
 if __name__ == "__main__":

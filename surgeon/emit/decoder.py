@@ -1,8 +1,8 @@
 """A pruned decoder as runtimes with one class for all see it: llama.cpp, vLLM.
 
 Such a class is Llama's: RMSNorms over what is there, attention scaled by its own head width, gated
-MLPs with SiLU. Averages over removed channels, and scales that come from an earlier width, are folded
-into weights. What the result means is checked by a model that computes just that.
+MLPs with SiLU. Averages over removed channels, and scales that come from an earlier width, are
+folded into weights. What the result means is checked by a model that computes just that.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ class Material:
     source: Any
 
 
-def decoder_of(
-    axes: Axes, plan: Plan, config: Any, fixed: Mapping[str, torch.Tensor]
-) -> Decoder:
+def decoder_of(axes: Axes, plan: Plan, config: Any, fixed: Mapping[str, torch.Tensor]) -> Decoder:
     """Returns a decoder in the form that these formats share.
 
     Args:

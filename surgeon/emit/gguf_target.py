@@ -1,12 +1,12 @@
 """The GGUF target: one file that llama.cpp runs.
 
-Layers that are alike are written for its architecture `llama` (Qwen's for `qwen2` or `qwen3`), others
-for `deci`, which has numbers of heads and widths of MLPs by layer.
+Layers that are alike are written for its architecture `llama` (Qwen's for `qwen2` or `qwen3`),
+others for `deci`, which has numbers of heads and widths of MLPs by layer.
 
-Reference: llama.cpp at build 11739, src/models/{llama,deci,qwen2,qwen3}.cpp for what each architecture
-computes, src/llama-model.cpp (`load_hparams`) for the metadata, conversion/llama.py for the order of
-the rows of queries and keys. deci goes on to the next layer where `n_ff` is 0 and forgets what
-attention added; the width of heads is read only where the first layer has some.
+Reference: llama.cpp as of October 2026, src/models/{llama,deci,qwen2,qwen3}.cpp for what each
+architecture computes, src/llama-model.cpp (`load_hparams`) for metadata, conversion/llama.py for
+the order of the rows of queries and keys. deci goes on to the next layer where `n_ff` is 0 and
+forgets what attention added; the width of heads is read only where the first layer has some.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ class Form:
             Field(f"{a}.attention.value_length", d.head, "uint32"),
             Field(f"{a}.rope.dimension_count", d.head, "uint32"),
             Field(f"{a}.rope.freq_base", float(d.rope.get("rope_theta", 10000.0)), "float32"),
-            Field(
-                f"{a}.attention.layer_norm_rms_epsilon", float(d.config.rms_norm_eps), "float32"
-            ),
+            Field(f"{a}.attention.layer_norm_rms_epsilon", float(d.config.rms_norm_eps), "float32"),
             Field(f"{a}.vocab_size", d.vocab, "uint32"),
         ]
         if self.scaling != 1.0:
@@ -154,7 +152,7 @@ class Form:
         return layer.heads if _TURNED[0] in new else layer.kv_heads
 
     def type_of(self, old: str, dtype: torch.dtype) -> str:
-        """Returns the type in which a tensor is stored: vectors are in fp32, as llama.cpp adds them."""
+        """Returns the type in which a tensor is stored: vectors are in fp32, as it wants them."""
         shape = self.decoder.selection.shape(old)
         if len(shape) < 2:
             return "F32"
@@ -169,7 +167,7 @@ class Form:
 
 
 def interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Returns rows so ordered that the two of a rotary pair are neighbours, and not half a head apart."""
+    """Returns rows with the two of a rotary pair side by side, and not half a head apart."""
     pairs = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape).contiguous()
 
@@ -214,9 +212,11 @@ def _against(decoder: Decoder, source: Any) -> list[Refusal]:
             why = "layers of other widths than their neighbours can't normalise queries and keys"
             found.append(Refusal(decoder.family, why, "the same share of every layer"))
         elif decoder.biases.output or decoder.biases.mlp or form.factors is not None:
-            why = "with normalised queries and keys it has no further biases, nor lacks rotary pairs"
+            why = (
+                "with normalised queries and keys it has no further biases, nor lacks rotary pairs"
+            )
             found.append(Refusal(decoder.family, why, "--freeze rotary, or " + ELSEWHERE))
-    if not found:
+    if not found and decoder.selection.plan.empty:  # asked of the model as it is, and not again
         try:
             form.names  # noqa: B018  (each tensor has to have one)
             fields_of(source, int(source.config.vocab_size))
@@ -257,7 +257,7 @@ def multiples(axes: Axes) -> Mapping[str, int]:
 
 
 def write(
-    folder: Path, decoder: Decoder, material: Material, *, kind: str = "", name: str = FILE
+    folder: Path, decoder: Decoder, material: Material, *, kind: str = "", file: str = FILE
 ) -> dict[str, Any]:
     """Writes the file into an existing folder, one tensor at a time; returns facts.
 
@@ -266,7 +266,7 @@ def write(
         decoder: one that the rules let through.
         material: where its tensors come from.
         kind: of `TYPES`; by default each matrix has the type that the source stores it in.
-        name: of the file.
+        file: its name.
 
     Raises:
         SurgeonError: `target-refused` for a tokenizer that llama.cpp has none like, and for weights
@@ -284,7 +284,7 @@ def write(
     for old, stored in types.items():
         counts[stored] = counts.get(stored, 0) + prod(decoder.selection.shape(old))
     main = max(counts, key=lambda t: counts[t])
-    writer = GGUFWriter(folder / name, form.architecture)
+    writer = GGUFWriter(folder / file, form.architecture)
     writer.add_type("model")
     writer.add_file_type(_FILE_TYPE[main])
     if main == "Q8_0":
@@ -313,7 +313,7 @@ def write(
     return {
         "architecture": form.architecture,
         "dtype": main.lower(),
-        "bytes": (folder / name).stat().st_size,
+        "bytes": (folder / file).stat().st_size,
         "notes": notes,
     }
 
@@ -359,19 +359,19 @@ def _packed(tensor: torch.Tensor, kind: str, name: str) -> Any:
 
 
 def read(
-    folder: Path, decoder: Decoder, material: Material, *, kind: str = "", name: str = FILE
+    folder: Path, decoder: Decoder, material: Material, *, kind: str = "", file: str = FILE
 ) -> None:
     """Compares a written file with what it should be: metadata, and tensor by tensor.
 
-    Rows are put back in the source's order first. Plain floats have to be the same bit by bit, packed
-    ones within half a step, and what the rounding of the step itself adds.
+    Rows are put back in the source's order first. Plain floats have to be the same bit by bit,
+    packed ones within half a step, and what the rounding of the step itself adds.
 
     Raises:
         SurgeonError: `verify-failed`.
     """
     from gguf import GGUFReader
 
-    path = folder / name
+    path = folder / file
     form, reader = Form(decoder, material.source, kind), GGUFReader(path)
     tokens, _ = fields_of(material.source, decoder.vocab)
     wanted = [Field("general.architecture", form.architecture, "string"), *form.fields, *tokens]

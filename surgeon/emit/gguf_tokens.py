@@ -118,9 +118,9 @@ def _cut(data: dict[str, Any]) -> str:
     if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
         if kinds == ["ByteLevel"] and last.get("use_regex", True):
             return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True):
-            if steps[0].get("individual_digits"):
-                return "smollm"
+        digits = kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits")
+        if digits and last.get("use_regex", True):
+            return "smollm"
         if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
             found = _SPLIT.fullmatch(str(steps[0]["pattern"].get("Regex", "")))
             name = CUT.get(found["digits"]) if found else None
@@ -195,16 +195,19 @@ def _listed(data: dict[str, Any], vocab: int) -> list[Field]:
 
 def _special(loaded: Any) -> list[Field]:
     """Returns the tokens with a meaning, and which of them a text begins and ends with."""
-    out: list[Field] = []
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    for ours, theirs in names.items():
-        number = getattr(loaded, f"{ours}_token_id", None)
-        if number is not None:
-            out.append(Field(f"tokenizer.ggml.{theirs}_token_id", int(number), "uint32"))
     bare = loaded("a", add_special_tokens=False)["input_ids"]
     full = loaded("a")["input_ids"]
-    begins = full[:1] == [loaded.bos_token_id] != bare[:1]
-    ends = full[-1:] == [loaded.eos_token_id] != bare[-1:]
+    begins, ends = full[:1] != bare[:1], full[-1:] != bare[-1:]
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    numbers = {ours: getattr(loaded, f"{ours}_token_id", None) for ours in names}
+    # What a text really begins with counts, whatever it is called.
+    numbers |= {"bos": full[0]} if begins else {}
+    numbers |= {"eos": full[-1]} if ends else {}
+    out = [
+        Field(f"tokenizer.ggml.{theirs}_token_id", int(numbers[ours]), "uint32")
+        for ours, theirs in names.items()
+        if numbers[ours] is not None
+    ]
     out.append(Field("tokenizer.ggml.add_bos_token", begins, "bool"))
     out.append(Field("tokenizer.ggml.add_eos_token", ends, "bool"))
     if isinstance(loaded.chat_template, str):

@@ -447,7 +447,8 @@ def _biases(axes: Axes, names: Collection[str]) -> Biases:
             else:
                 attention = True
         elif any(
-            len(axes.param_dims(n)) == 1 and "hidden" not in roles_of(axes, ParamRef(n)) for n in own
+            len(axes.param_dims(n)) == 1 and "hidden" not in roles_of(axes, ParamRef(n))
+            for n in own
         ):
             qk_norm = True
     return Biases(attention, output, mlp, qk_norm)

@@ -119,7 +119,7 @@ def _find(folders: tuple[str, ...], package: str) -> Mapping[str, TargetInfo]:
 
 
 def _literals(file: Path) -> dict[str, str] | None:
-    """Returns name, description, suffix and kind of the `TARGET = Target(...)` in a file, if any."""
+    """Returns the literals of the `TARGET = Target(...)` in a file, None where it has none."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         match node:
             case ast.Assign([ast.Name("TARGET")], value=ast.Call(ast.Name("Target"), _, keywords)):

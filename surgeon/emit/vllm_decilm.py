@@ -93,7 +93,7 @@ def _against(decoder: Decoder) -> list[Refusal]:
         found.append(
             Refusal(
                 decoder.layers[0].path,
-                "the residual stream begins with the first layer's attention, so it has to be there",
+                "the residual stream begins with the first layer's attention: it has to be there",
                 f"--freeze '{decoder.layers[0].path}'",
             )
         )
@@ -130,9 +130,7 @@ def whole(axes: Axes, asked: Mapping[str, float]) -> Mapping[str, str]:
 def write(folder: Path, decoder: Decoder, material: Material) -> dict[str, Any]:
     """Writes the checkpoint into an existing folder, one tensor at a time; returns facts."""
     source = material.source
-    hf.write_tensors(
-        folder, decoder.emission, decoder.selection, material.get, material.dtype_of
-    )
+    hf.write_tensors(folder, decoder.emission, decoder.selection, material.get, material.dtype_of)
     dtype = main_type(decoder, material)
     text = json.dumps(config_json(decoder, dtype), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
