@@ -10,11 +10,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from surgeon import exporting
 from surgeon.calibrate.parallel import World, join, launched
+from surgeon.emit.scratch import scratch
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.pruned import versions
 from surgeon.ready import Ready, check_name, open_ready
@@ -133,8 +133,8 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     known = words([*(t.content for t in texts), *settings.prompts])
     names = [m if isinstance(m, str) else _name(m) for m in models]
     found: dict[int, Evaluated] = {}
-    with TemporaryDirectory(prefix="surgeon-") as scratch:
-        kept = Kept(Path(scratch)) if len(models) > 1 else None
+    with scratch() as folder:
+        kept = Kept(folder) if len(models) > 1 else None
         run = _Run(settings, texts, known, kept, tasks, options, world)
         for index in (against, *(i for i in range(len(models)) if i != against)):
             found[index] = run.model(models[index], names[index])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ STORED_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 """Element types of safetensors files."""
+
+LONGEST = 100_000_000
+"""Bytes of a safetensors header: the format's own limit."""
 
 HEAD = 64
 """How many bytes of each tensor go into a fingerprint."""
@@ -272,6 +276,8 @@ class _Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    stamp: tuple[int, ...]
+    """What the file was when its header was read."""
 
 
 class SafetensorsWeights(Weights):
@@ -330,21 +336,62 @@ class SafetensorsWeights(Weights):
         return self._fingerprint(_file_heads(self._entries))
 
 
+class _FileWeights(SafetensorsWeights):
+    """The tensors of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path
+        self._entries = _header(path)
+        Weights.__init__(self, self._entries)
+
+
 def _values(entry: _Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Reads values from a file. It is not mapped: pages of a mapping stay in memory for long."""
     size = math.prod(shape) * entry.dtype.itemsize
     if size == 0:
         return torch.empty(shape, dtype=entry.dtype)
     data = bytearray(size)
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(start)
-        left = memoryview(data)
-        while left:
-            count = file.readinto(left)
-            if not count:
-                raise _truncated(entry.file, start + size, start + size - len(left))
-            left = left[count:]
+    try:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(start)
+            left = memoryview(data)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise _truncated(entry.file, start + size, start + size - len(left))
+                left = left[count:]
+            same = stamp(os.fstat(file.fileno())) == entry.stamp
+    except OSError as error:
+        raise unreadable(entry.file, error) from error
+    if not same:
+        raise changed(entry.file)
     return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).reshape(shape)
+
+
+def stamp(found: os.stat_result) -> tuple[int, ...]:
+    """Returns what tells a file from what it was: which one it is, its size, its last change."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def changed(path: Path) -> SurgeonError:
+    """Returns the error for a file that is no more what it was when its header was read."""
+    return bad_checkpoint(
+        f"{path.name} has changed while it was read",
+        at=str(path),
+        why="its size, time or place on the disk is another than when its header was read",
+        try_="wait until whatever writes it is through, and run again",
+    )
+
+
+def unreadable(path: Path, error: OSError) -> SurgeonError:
+    """Returns the error for a file that was there when its header was read."""
+    return SurgeonError(
+        Code.MISSING_FILE,
+        f"{path.name} can't be read any more",
+        at=str(path),
+        why=error.strerror or str(error),
+        try_="see that the file stays where it is, and that its disk is sound",
+    )
 
 
 def _file_heads(
@@ -363,6 +410,15 @@ def _file_heads(
     finally:
         if opened is not None:
             opened[1].close()
+
+
+def stored_tensors(path: Path) -> Weights:
+    """Returns the tensors of one safetensors file, under the names that they have there.
+
+    Raises:
+        SurgeonError: `missing-file`, or `bad-checkpoint` for a damaged file.
+    """
+    return _FileWeights(path)
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -386,14 +442,15 @@ def _entries(folder: Path) -> dict[str, _Entry]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {key: folder / file for key, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise bad_checkpoint(
             "the index of the shards can't be read",
             at=str(index),
             why=f"{type(error).__name__}: {error}",
             try_="fetch this file again",
         ) from error
-    outside = [f for f in files.values() if f.parent != folder]
+    # The name alone: `..` as a last part has the folder itself for its parent.
+    outside = [f for f in files.values() if f.parent != folder or f.name in ("", "..")]
     if outside:
         raise bad_checkpoint(
             "the index names files outside the folder",
@@ -425,38 +482,23 @@ def _entries(folder: Path) -> dict[str, _Entry]:
 
 def _header(path: Path) -> dict[str, _Entry]:
     """Reads and checks a file's header, so that a damaged file is known before any work."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version " or len(first) < 8:
-            pointer = first == b"version "
-            raise bad_checkpoint(
-                f"{path.name} is no safetensors file",
-                at=str(path),
-                why="it is a Git LFS pointer to the real file"
-                if pointer
-                else f"at least 8 bytes expected, {size} found",
-                try_="run `git lfs pull`" if pointer else "fetch this file again",
-            )
-        if 8 + length > size:
-            raise _truncated(path, 8 + length, size)
-        text = file.read(length)
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
+            _check_length(path, first, length, found.st_size)
+            text = file.read(length)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    size = found.st_size
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
         out = {
-            key: _Entry(
-                path,
-                key,
-                STORED_DTYPES[value["dtype"]],
-                tuple(value["shape"]),
-                8 + length + value["data_offsets"][0],
-                8 + length + value["data_offsets"][1],
-            )
-            for key, value in header.items()
+            key: _entry(path, key, value, 8 + length, stamp(found)) for key, value in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise bad_checkpoint(
             f"the header of {path.name} can't be read",
             at=str(path),
@@ -466,15 +508,56 @@ def _header(path: Path) -> dict[str, _Entry]:
     expected = max((e.stop for e in out.values()), default=8 + length)
     if expected != size:
         raise _truncated(path, expected, size)
-    for e in out.values():
+    at = 8 + length
+    for e in sorted(out.values(), key=lambda e: (e.start, e.stop)):
         if e.stop - e.start != e.dtype.itemsize * math.prod(e.shape):
-            raise bad_checkpoint(
-                f"the header of {path.name} contradicts itself",
-                at=f"{path}, tensor {e.key}",
-                why=f"{e.stop - e.start} bytes for {e.dtype} {list(e.shape)}",
-                try_="fetch this file again",
-            )
+            raise _contradicts(e, f"{e.stop - e.start} bytes for {e.dtype} {list(e.shape)}")
+        if e.start != at:
+            raise _contradicts(e, f"it begins at byte {e.start}, and what is before ends at {at}")
+        at = e.stop
     return out
+
+
+def _check_length(path: Path, first: bytes, length: int, size: int) -> None:
+    """Refuses a file whose first 8 bytes are no length of a header that it can hold."""
+    pointer = first == b"version "
+    if pointer or len(first) < 8:
+        raise bad_checkpoint(
+            f"{path.name} is no safetensors file",
+            at=str(path),
+            why="it is a Git LFS pointer to the real file"
+            if pointer
+            else f"at least 8 bytes expected, {size} found",
+            try_="run `git lfs pull`" if pointer else "fetch this file again",
+        )
+    if 8 + length > size:
+        raise _truncated(path, 8 + length, size)
+    if length > LONGEST:
+        raise bad_checkpoint(
+            f"the header of {path.name} can't be read",
+            at=str(path),
+            why=f"it has {length:,} bytes, and the format allows {LONGEST:,}",
+            try_="fetch this file again",
+        )
+
+
+def _entry(path: Path, key: str, value: Any, begin: int, stamp: tuple[int, ...]) -> _Entry:
+    """Returns where a tensor lies, of whole numbers that are not negative."""
+    start, stop = value["data_offsets"]
+    for number in (start, stop, *value["shape"]):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{key}: {number!r} is neither a size nor a place")
+    dtype, shape = STORED_DTYPES[value["dtype"]], tuple(value["shape"])
+    return _Entry(path, key, dtype, shape, begin + start, begin + stop, stamp)
+
+
+def _contradicts(entry: _Entry, why: str) -> SurgeonError:
+    return bad_checkpoint(
+        f"the header of {entry.file.name} contradicts itself",
+        at=f"{entry.file}, tensor {entry.key}",
+        why=why,
+        try_="fetch this file again",
+    )
 
 
 def _truncated(path: Path, expected: int, found: int) -> SurgeonError:
