@@ -91,7 +91,11 @@ TABLE = {
             ],
         }
     ],
-    **{"others": {"h": 8}, "rest": 0.1, "settings": {}, "device": "cpu", "versions": {}},
+    "others": {"h": 8},
+    "rest": 0.1,
+    "settings": {},
+    "device": "cpu",
+    "versions": {},
 }
 
 
@@ -243,8 +247,11 @@ def spelled(value: Any) -> bytes:
 
 JSONS = {
     "plan": json.loads(PLAN),
-    **{"config": CONFIG, "weights": HEADER, "index": INDEX},
-    **{"statistics": STATISTICS, "timings": TABLE},
+    "config": CONFIG,
+    "weights": HEADER,
+    "index": INDEX,
+    "statistics": STATISTICS,
+    "timings": TABLE,
 }
 
 

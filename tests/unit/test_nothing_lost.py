@@ -1,4 +1,4 @@
-"""What the system refuses is said in four parts, and what a killed run leaves goes with the next."""
+"""What the system refuses is said in four parts; what a killed run leaves goes with the next."""
 
 from __future__ import annotations
 
