@@ -26,7 +26,7 @@ from surgeon.commands.arguments import (
     RunnableArg,
 )
 from surgeon.commands.printing import print_verification
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, refused_by_system
 
 app = typer.Typer(
     name="surgeon",
@@ -266,6 +266,9 @@ def main() -> None:
         app()
     except SurgeonError as error:
         sys.stderr.write(f"{error}\n")
+        sys.exit(1)
+    except OSError as error:
+        sys.stderr.write(f"{refused_by_system(error)}\n")
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of an interruption

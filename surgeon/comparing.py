@@ -8,13 +8,13 @@ process of its own, since it has to be measured in turns.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from surgeon import exporting
 from surgeon.calibrate.parallel import World, join, launched
+from surgeon.emit.scratch import scratch
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.pruned import versions
 from surgeon.ready import Ready, check_name, open_ready
@@ -54,6 +54,8 @@ class Options(TypedDict, total=False):
     """A folder with further tasks for lm-eval."""
     device: str
     """`auto`, `cuda` or `cpu`."""
+    device_map: str | Mapping[str, Any] | None
+    """How Transformers' checkpoints are shared out among devices: `auto`, or a device by module."""
     threads: int | None
     """Threads of each model while it is timed."""
     trust_remote_code: bool
@@ -133,9 +135,9 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     known = words([*(t.content for t in texts), *settings.prompts])
     names = [m if isinstance(m, str) else _name(m) for m in models]
     found: dict[int, Evaluated] = {}
-    with TemporaryDirectory(prefix="surgeon-") as scratch:
-        kept = Kept(Path(scratch)) if len(models) > 1 else None
-        run = _Run(settings, texts, known, kept, tasks, options, world)
+    with scratch() as folder:
+        kept = Kept(folder) if len(models) > 1 else None
+        run = _Run(settings, texts, known, kept, tasks, options, world, folder / "offload")
         for index in (against, *(i for i in range(len(models)) if i != against)):
             found[index] = run.model(models[index], names[index])
             gc.collect()
@@ -148,6 +150,14 @@ def _world(options: Options) -> World:
     """Returns the processes that share the windows."""
     if not launched():
         return World()
+    if options.get("device_map") is not None:
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "a model is shared out among devices, or windows among processes",
+            at="--device-map",
+            why="every process would share it out among the same devices",
+            try_="one process with --device-map, or several without",
+        )
     from surgeon.runtime.device import choose_torch_device
 
     return join(choose_torch_device(options.get("device", "auto")).name)
@@ -169,12 +179,13 @@ class _Run:
         tasks: Tasks | None,
         options: Options,
         world: World,
+        offload: Path,
     ) -> None:
-        self._world = world
+        self._world, self._offload = world, offload
         self._settings, self._texts, self._known, self._kept = settings, texts, known, kept
         self._tasks, self._options = tasks, options
         self._reference: list[tuple[Windows, int]] = []
-        self._first = ""
+        self._first, self._opened = "", 0
 
     def model(self, model: Any, name: str) -> Evaluated:
         """Returns everything that is measured of a model but its speed."""
@@ -185,7 +196,10 @@ class _Run:
             device=self._options.get("device", "auto"),
             tokenizer=self._options.get("tokenizer"),
             trust_remote_code=self._options.get("trust_remote_code", False),
+            device_map=self._options.get("device_map"),
+            offload=self._offload / str(self._opened),
         )
+        self._opened += 1
         is_first = not self._first
         self._first = self._first or name
         texts: list[Scored] = []
@@ -310,6 +324,8 @@ def _speed(
         return None, ""
     if world.rank != 0:
         return None, "the first process takes the time"
+    if options.get("device_map") is not None:
+        return None, "a model that is shared out among devices is not timed"
     if not all(isinstance(m, str | Path) for m in models):
         return None, "a model in memory has no name by which another process could load it"
     arguments = {

@@ -25,7 +25,7 @@ def run(out: Path, ratio: float, windows: int) -> None:
     from surgeon import exporting
     from surgeon.axes.budget import check_ratio
     from surgeon.axes.plan import Plan
-    from surgeon.emit.files import check_output
+    from surgeon.emit.files import check_output, output_file
     from surgeon.pipeline import open_model, prune
     from surgeon.report.evaluate import perplexity
     from surgeon.report.tables import Row, Unit, before_after, markdown
@@ -116,8 +116,10 @@ def run(out: Path, ratio: float, windows: int) -> None:
         "onnx": {"largest_difference": gap, "same_tokens": same, "seconds": exported},
         "seconds": {"capture": origin.seconds, "forward": list(speed)},
     }
-    (out / "demo.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(markdown(rows), encoding="utf-8")
+    texts_of = {"demo.json": json.dumps(figures, indent=1) + "\n", "table.md": markdown(rows)}
+    for name, text in texts_of.items():
+        with output_file(out / name, overwrite=True) as partial:
+            partial.write_text(text, encoding="utf-8")
     console.print(f"written to {out}", highlight=False)
 
 

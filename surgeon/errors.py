@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
@@ -100,4 +102,21 @@ def no_weights(where: str) -> SurgeonError:
         at=where,
         why="only a configuration was given, which is enough to inspect and to plan sizes",
         try_="a checkpoint, a GGUF file or a hub id; to plan sizes, --score random --dry-run",
+    )
+
+
+def refused_by_system(error: OSError) -> SurgeonError:
+    """Returns what the operating system refuses, a read or a write that nothing else tells of."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    names = [
+        os.fsdecode(f) for f in (error.filename, error.filename2) if isinstance(f, str | bytes)
+    ]
+    return SurgeonError(
+        Code.DISK_FULL if full else Code.MISSING_FILE,
+        "the disk has too little room" if full else "the system refuses a file",
+        at=", ".join(names) or "a file that it doesn't name",
+        why=error.strerror or str(error) or type(error).__name__,
+        try_="make room; scratch files go where TMPDIR says"
+        if full
+        else "see that the file is there, may be read or written, and that its disk is sound",
     )

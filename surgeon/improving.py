@@ -190,7 +190,7 @@ def _read(folder: str | Path, source: Any, trust_remote_code: bool) -> Pruned:
             ratio=told["ratio"],
             as_recipe=told["as_recipe"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SurgeonError(
             Code.BAD_PLAN,
             "the report of the earlier run can't be read",

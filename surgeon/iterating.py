@@ -237,7 +237,7 @@ class Keep:
             same = report["as_recipe"] == self.recipe
             same &= report["source"]["fingerprint"] == self.fingerprint
             entries, notes = tuple(report["recipe"]), tuple(report["notes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._refused(f"{file.parent.name} can't be read: {error}") from error
         if not same:
             raise self._refused("its rounds are of another recipe or another model")

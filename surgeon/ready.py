@@ -59,7 +59,13 @@ def check_name(model: Any, *, trust_remote_code: bool = False) -> None:
 
 
 def open_ready(
-    model: Any, *, device: str = "auto", tokenizer: Any = None, trust_remote_code: bool = False
+    model: Any,
+    *,
+    device: str = "auto",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    device_map: Any = None,
+    offload: Path | None = None,
 ) -> Ready:
     """Returns a model ready to run, with its figures.
 
@@ -68,6 +74,8 @@ def open_ready(
         device: `auto`, `cuda` or `cpu`.
         tokenizer: for a model that has none beside it.
         trust_remote_code: run modelling code that comes with a checkpoint.
+        device_map: of a checkpoint of Transformers, how it is shared out; see `load_spread`.
+        offload: a folder for what of it is to be on the disk.
 
     Raises:
         SurgeonError: why it can't be opened.
@@ -83,7 +91,8 @@ def open_ready(
     if name and exporting.packing_of(name) is not None:
         module = exporting.packed(name, device=device, trust_remote_code=trust_remote_code)
         return _open_packed(module, Path(name).expanduser(), tokenizer)
-    return _open_source(model, device, tokenizer, trust_remote_code)
+    spread = None if device_map is None or offload is None else (device_map, offload)
+    return _open_source(model, device, tokenizer, trust_remote_code, spread)
 
 
 def _open_graph(name: str, device: str, tokenizer: Any) -> Ready:
@@ -123,7 +132,9 @@ def _open_program(file: Path, device: str, tokenizer: Any) -> Ready:
     return Ready(module, tokenizer_beside(file) or tokenizer, found)
 
 
-def _open_source(model: Any, device: str, tokenizer: Any, trust: bool) -> Ready:
+def _open_source(
+    model: Any, device: str, tokenizer: Any, trust: bool, spread: tuple[Any, Path] | None
+) -> Ready:
     """Opens what Transformers loads; what can't be captured is run all the same."""
     try:
         opened: Model | None = open_model(model, trust_remote_code=trust)
@@ -137,13 +148,21 @@ def _open_source(model: Any, device: str, tokenizer: Any, trust: bool) -> Ready:
 
         assert refusal is not None
         source = resolve(model, trust_remote_code=trust)
-        run = exporting.load_to_measure(model, device=device, trust_remote_code=trust)
+        run = (
+            exporting.load_to_measure(model, device=device, trust_remote_code=trust)
+            if spread is None
+            else exporting.load_spread(source, *spread)
+        )
         found = f.Facts(_kind(source.kind), source.model_class.__name__)
         found = found.without(_reason(refusal), *_DERIVED)
     else:
         source = opened.source
         assert source is not None
-        run = exporting.load_opened(opened, device=device)
+        run = (
+            exporting.load_opened(opened, device=device)
+            if spread is None
+            else exporting.load_spread(source, *spread)
+        )
         architecture = source.model_class.__name__
         found = f.of_program(
             _kind(source.kind), architecture, opened.axes, costs_of(opened), opened.read

@@ -17,7 +17,7 @@ from surgeon.axes.plan import Plan, dropped
 from surgeon.axes.renumber import MAP_FILE
 from surgeon.capture.configs import config_and_class, quantised, read_config
 from surgeon.capture.exported import DTYPES
-from surgeon.capture.weights import SafetensorsWeights, computable, same_bits
+from surgeon.capture.weights import SafetensorsWeights, computable, same_bits, stored_tensors
 from surgeon.emit import huggingface as hf
 from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
 from surgeon.emit.hf_config import VLLM_TYPE
@@ -248,8 +248,6 @@ def read_plan(path: Path) -> tuple[Plan, dict[str, torch.Tensor]]:
         ) from error
     if not plan.rewrites:
         return plan, {}
-    from safetensors.torch import load_file
-
     stored = file.with_name(REWRITES_FILE)
     if not stored.exists():
         raise SurgeonError(
@@ -259,7 +257,16 @@ def read_plan(path: Path) -> tuple[Plan, dict[str, torch.Tensor]]:
             why=f"the plan replaces {len(plan.rewrites)} parameters whose tensors lie beside it",
             try_="keep plan.safetensors beside plan.json",
         )
-    return plan, load_file(stored)
+    found = stored_tensors(stored)
+    if lacking := sorted({*plan.rewrites} - found.keys()):
+        raise SurgeonError(
+            Code.BAD_PLAN,
+            "the plan's rewrites are not whole",
+            at=str(stored),
+            why=f"there is no tensor {lacking[0]}",
+            try_="keep the plan.safetensors that was written with plan.json",
+        )
+    return plan, {name: found[name] for name in found}
 
 
 def _verify(pruned: Pruned, folder: Path) -> v.Verification:

@@ -82,7 +82,7 @@ def _given(name: str) -> _Given:
 def _is_plan(path: Path) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return path.name == PLAN_FILE  # read as a plan, which says what is wrong with it
     return isinstance(found, dict) and "cuts" in found
 

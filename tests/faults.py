@@ -3,21 +3,24 @@
     tools/faults [--kills 100] [--only prune,export-onnx] [--seed 0]
 
 A server imports what the commands need and forks one process for each run, which is the command as
-`surgeon` runs it, until SIGKILL ends it: one kill in four at any moment of the run, the others
-after it has begun to write. Every other run finds an earlier result in its place. What is there
-afterwards is the earlier result byte for byte, a whole new one, or nothing; anything else is a
-defect, and so is a changed source, or a temporary name that the next run doesn't take away.
+`surgeon` runs it, until SIGKILL ends it: one kill in five at any moment of the run, the others
+after it has begun to write. Those are forked from a run that waits where it is about to write, so
+that what it computes is computed once. Every other run finds an earlier result in its place. What
+is there afterwards is the earlier result byte for byte, a whole new one, or nothing; anything else
+is a defect, and so is a changed source, or a temporary name that the next run doesn't take away.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -25,7 +28,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +44,10 @@ passes:
 TEXT = "The heart is a muscle that pumps blood through the body. " * 40
 WINDOWS = ("--window", "16", "--windows", "4")
 
+MODELS = ("model", "pruned")
+
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "prune": ("prune", "MODEL", "-o", "OUT/pruned", "--ratio", "0.2"),
+    "prune": ("prune", "MODEL", "-o", "OUT/pruned", "--ratio", "0.2", "--no-verify"),
     "run": ("run", "rounds.yaml", "MODEL", "-o", "OUT/pruned", "--no-verify"),
     "recover": (
         *("recover", "PRUNED", "-o", "OUT/better", "--data", "text.txt", "--no-verify"),
@@ -72,7 +77,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 KEPT = {"run": (".pruned.rounds", "pruned.rounds"), "recover": ("better.training",)}
 """Names beside an output that are kept on purpose: an interrupted run goes on from them."""
 
-POLL = 0.001
+THREADED = ("export-folder", "export-onnx", "recover")
+"""ONNX Runtime and backward passes start threads, and what has threads must not be forked: these
+run in forks alone.
+"""
 
 
 @dataclass
@@ -89,26 +97,88 @@ class Left:
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def start(arguments: tuple[str, ...], place: Path) -> int:
-    """Forks a process that runs the command in a folder; returns its number."""
+def start(arguments: tuple[str, ...], place: Path, park: Callable[[], None] | None = None) -> int:
+    """Forks a process that runs the command in a folder; returns its number.
+
+    Args:
+        arguments: of the command.
+        place: where it runs.
+        park: called in the process when it is about to write for the first time.
+    """
     pid = os.fork()
     if pid:
         return pid
     code = 70
     try:
         os.chdir(place)
-        log = os.open(place / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(place / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ["TMPDIR"] = str(place / "tmp")
         tempfile.tempdir = None
         sys.argv = ["surgeon", *arguments]
+        if park is not None:
+            _stop_before_writing(park)
         code = _main()
         (place / "modules.json").write_text(json.dumps(sorted(sys.modules)))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _stop_before_writing(park: Callable[[], None]) -> None:
+    """Has `park` called when a temporary name is first chosen."""
+    from surgeon.emit import files
+
+    name = files._sibling
+
+    def first(target: Path, kind: str) -> Path:
+        files._sibling = name
+        park()
+        return name(target, kind)
+
+    files._sibling = first
+
+
+class Parked:
+    """A run that has done all but write, and is forked as often as it is to write."""
+
+    def __init__(self, arguments: tuple[str, ...], place: Path) -> None:
+        asks, self._ask = os.pipe()
+        self._answer, answers = os.pipe()
+
+        def park() -> None:
+            for descriptor in (self._ask, self._answer):
+                os.close(descriptor)
+            while os.read(asks, 1):
+                pid = os.fork()
+                if pid == 0:
+                    return
+                os.write(answers, b"%d\n" % pid)
+                os.write(answers, b"%d\n" % os.waitpid(pid, 0)[1])
+            os._exit(0)
+
+        self._pid = start(arguments, place, park)
+        os.close(asks)
+        os.close(answers)
+        self._lines = os.fdopen(self._answer, "rb", buffering=0)
+
+    def fork(self) -> int:
+        """Lets it write; returns the number of the process that does."""
+        os.write(self._ask, b"x")
+        return int(self._lines.readline())
+
+    def ended(self, seconds: float | None = None) -> int | None:
+        """Returns how the last one ended, None where it still runs after so many seconds."""
+        if not select.select([self._lines], [], [], seconds)[0]:
+            return None
+        return os.waitstatus_to_exitcode(int(self._lines.readline()))
+
+    def close(self) -> None:
+        os.close(self._ask)
+        os.waitpid(self._pid, 0)
+        self._lines.close()
 
 
 def _main() -> int:
@@ -121,22 +191,11 @@ def _main() -> int:
     return 0
 
 
-def ended(pid: int) -> int | None:
-    """Returns how a process ended, negative for a signal, or None while it runs."""
-    found, status = os.waitpid(pid, os.WNOHANG)
-    return None if found == 0 else os.waitstatus_to_exitcode(status)
-
-
 def finish(pid: int, place: Path) -> None:
     """Waits for a run that must succeed."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code:
         raise RuntimeError(f"exit code {code}: {(place / 'log.txt').read_text()[-2000:]}")
-
-
-def writing(out: Path) -> bool:
-    """Whether a result is being written: it has a temporary name beside its own."""
-    return any(".partial-" in name or ".replaced-" in name for name in os.listdir(out))
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -153,7 +212,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def numbers(folder: Path) -> dict[str, int]:
     """Returns what tells the files and folders in a folder from others of the same content."""
-    return {path.name: path.stat().st_ino for path in folder.iterdir() if "." != path.name[0]}
+    return {path.name: path.stat().st_ino for path in folder.iterdir() if path.name[0] != "."}
 
 
 def readable(path: Path) -> bool:
@@ -250,39 +309,39 @@ class Command:
     def run(self) -> None:
         finish(start(self.arguments, self.place), self.place)
 
-    def measure(self) -> tuple[Whole, float, float]:
-        """Runs it again; returns what it leaves, seconds in all, and seconds of writing."""
+    def park(self) -> None:
+        self.parked = Parked(self.arguments, self.place)
+
+    def write(self) -> None:
+        """Lets the run that waits write all of it."""
+        self.parked.fork()
+        if code := self.parked.ended():
+            raise RuntimeError(f"exit code {code}: {(self.place / 'log.txt').read_text()[-2000:]}")
+
+    def measure(self) -> tuple[Whole, float]:
+        """Writes again; returns what it leaves, and the seconds that takes."""
         first = digests(self.out)
         shutil.copytree(self.out, self.place / "first")
-        began, first_seen = time.perf_counter(), 0.0
-        pid = start(self.arguments, self.place)
-        while (code := ended(pid)) is None:
-            if not first_seen and writing(self.out):
-                first_seen = time.perf_counter()
-            time.sleep(POLL)
-        if code:
-            raise RuntimeError((self.place / "log.txt").read_text()[-2000:])
-        stop = time.perf_counter()
-        again = digests(self.out)
+        begin = time.perf_counter()
+        self.write()
+        seconds, again = time.perf_counter() - begin, digests(self.out)
         same = {name: d if d == again.get(name) else None for name, d in first.items()}
         outputs = tuple(sorted({name.split("/")[0] for name in first}))
-        return Whole(outputs, same), stop - began, stop - (first_seen or stop)
+        return Whole(outputs, same), seconds
 
-    def kill(self, late: bool, seconds: float, written: float) -> bool:
+    def kill(self, early: bool, seconds: float) -> bool:
         """Starts a run and kills it; returns whether it was still running."""
-        pid = start(self.arguments, self.place)
-        code = None
-        if late:
-            while not writing(self.out) and (code := ended(pid)) is None:
-                time.sleep(POLL)
-        if code is None:
-            wait = time.perf_counter() + self.draw.uniform(0, written if late else seconds)
-            while time.perf_counter() < wait and (code := ended(pid)) is None:
-                time.sleep(POLL)
+        if early:
+            pid = start(self.arguments, self.place)
+            time.sleep(self.draw.uniform(0, 2 * seconds))
+            os.kill(pid, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        pid = self.parked.fork()
+        code = self.parked.ended(self.draw.uniform(0, seconds))
         if code is not None:
             return False
         os.kill(pid, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        return self.parked.ended() == -signal.SIGKILL
 
     def clear(self) -> None:
         for path in (*self.out.iterdir(), *(self.place / "tmp").iterdir()):
@@ -296,7 +355,8 @@ class Command:
 
 def inject(command: Command, kills: int, sources: Callable[[], Any]) -> Left:
     """Kills a command so many times; returns what was left."""
-    whole, seconds, written = command.measure()
+    command.park()
+    whole, seconds = command.measure()
     before, left, number = sources(), Left(), 0
     while left.kills < kills and number < 5 * kills:
         number += 1
@@ -306,7 +366,7 @@ def inject(command: Command, kills: int, sources: Callable[[], Any]) -> Left:
             shutil.copytree(command.place / "first", command.out, dirs_exist_ok=True)
             old = digests(command.out)
         nodes = numbers(command.out)
-        if not command.kill(number % 4 != 1, seconds, written):
+        if not command.kill(number % 5 == 1, seconds):
             continue
         left.kills += 1
         what, wrong = judged(command.out, whole, old)
@@ -320,8 +380,8 @@ def inject(command: Command, kills: int, sources: Callable[[], Any]) -> Left:
             left.defects.append(f"{command.name}, kill {left.kills}: {wrong}")
         if sources() != before:
             left.defects.append(f"{command.name}, kill {left.kills}: the source has changed")
-        if strangers or scratch or what == "set aside":
-            command.run()
+        if strangers or what == "set aside":
+            command.write()
             if wrong := whole.new(command.out):
                 left.defects.append(f"{command.name}, the run after kill {left.kills}: {wrong}")
             if after := command.strangers(whole):
@@ -329,6 +389,7 @@ def inject(command: Command, kills: int, sources: Callable[[], Any]) -> Left:
             if after := list((command.place / "tmp").iterdir()):
                 left.defects.append(f"{command.name}: {after[0].name} stayed in the scratch folder")
         left.outcome[what] += 1
+    command.parked.close()
     return left
 
 
@@ -349,12 +410,20 @@ def prepare(work: Path) -> None:
 
 
 def warm(command: Command) -> None:
-    """Imports what a command has imported by its end, so that forks needn't."""
-    command.run()
-    for name in json.loads((command.place / "modules.json").read_text()):
-        if name not in sys.modules and not name.startswith(("transformers_modules", "__")):
-            with contextlib.suppress(ImportError, AttributeError):
-                importlib.import_module(name)
+    """Runs a command once, so that forks find imported and traced what it needs."""
+    if command.name in THREADED:
+        command.run()
+        for name in json.loads((command.place / "modules.json").read_text()):
+            if name not in sys.modules and not name.startswith(("transformers_modules", "__")):
+                with contextlib.suppress(ImportError, AttributeError):
+                    importlib.import_module(name)
+        return
+    from tests.command import surgeon
+
+    with contextlib.chdir(command.place):
+        found = surgeon(*command.arguments)
+    if found.code:
+        raise RuntimeError(found.err)
 
 
 @contextlib.contextmanager
@@ -365,30 +434,33 @@ def working() -> Iterator[Path]:
         yield work
 
 
-def table(found: Mapping[str, Left]) -> str:
-    """Returns what was left, as Markdown."""
-    columns = ("old", "new", "nothing", "set aside", "one of two")
-    lines = [
-        "| command | kills | old result | new result | nothing | old one set aside |"
-        " one file of two | anything else | temporary names | scratch |",
-        "|---|" + "---:|" * 9,
-    ]
+COLUMNS = ("old", "new", "nothing", "set aside", "one of two")
+HEAD = (
+    "| command | kills | old result | new result | nothing | old one set aside |"
+    " one file of two | anything else | temporary names | scratch |\n|---|" + "---:|" * 9
+)
+
+
+def row(name: str, left: Left) -> str:
+    """Returns what was left as a row of Markdown."""
+    cells = [str(left.outcome[c]) for c in COLUMNS]
+    cells += [str(len(left.defects)), str(left.siblings), str(left.scratch)]
+    return f"| {name} | {left.kills} | {' | '.join(cells)} |"
+
+
+def together(found: Iterable[Left]) -> Left:
     total = Left()
-    for left in found.values():
+    for left in found:
         total.kills += left.kills
         total.outcome += left.outcome
         total.siblings += left.siblings
         total.scratch += left.scratch
         total.defects += left.defects
-    for name, left in (*found.items(), ("all", total)):
-        cells = [str(left.outcome[c]) for c in columns]
-        cells += [str(len(left.defects)), str(left.siblings), str(left.scratch)]
-        lines.append(f"| {name} | {left.kills} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return total
 
 
-def faults(names: tuple[str, ...], kills: int, seed: int, say: Callable[[str], None]) -> Any:
-    """Returns by command what so many kills, shared out among them, left behind."""
+def faults(names: tuple[str, ...], kills: int, seed: int) -> Iterator[tuple[str, Left]]:
+    """Yields by command what so many kills, shared out among them, left behind."""
     import torch
 
     from surgeon.opening import open_model
@@ -396,20 +468,17 @@ def faults(names: tuple[str, ...], kills: int, seed: int, say: Callable[[str], N
 
     torch.set_num_threads(1)  # what is forked must have no threads
     draw = random.Random(seed)
-    found: dict[str, Left] = {}
     with working() as work, remembered.captures():
         prepare(work)
-        for model in ("model", "pruned"):
+        for model in MODELS:
             open_model(str(work / model))  # traced once, for all of them
-        models = ("model", "pruned")
         for index, name in enumerate(names):
             command = Command(name, work, draw)
             warm(command)
+            gc.collect()
+            gc.freeze()  # so that forks needn't copy what they only count
             share = kills // len(names) + (index < kills % len(names))
-            begin = time.perf_counter()
-            found[name] = inject(command, share, lambda: [digests(work / m) for m in models])
-            say(f"{name}: {share} kills in {time.perf_counter() - begin:.0f} s")
-    return found
+            yield name, inject(command, share, lambda: [digests(work / m) for m in MODELS])
 
 
 def main() -> int:
@@ -421,12 +490,14 @@ def main() -> int:
     names = tuple(arguments.only.split(","))
     if unknown := set(names) - COMMANDS.keys():
         parser.error(f"no command {', '.join(sorted(unknown))}; there are {', '.join(COMMANDS)}")
-    found = faults(names, arguments.kills, arguments.seed, lambda s: print(s, file=sys.stderr))
-    print(table(found))
-    defects = [line for left in found.values() for line in left.defects]
-    for line in defects:
-        print(line)
-    return int(bool(defects))
+    found: dict[str, Left] = {}
+    print(HEAD, flush=True)
+    for name, left in faults(names, arguments.kills, arguments.seed):
+        found[name] = left
+        print(row(name, left), *left.defects, sep="\n", flush=True)
+    total = together(found.values())
+    print(row("all", total))
+    return int(bool(total.defects))
 
 
 if __name__ == "__main__":

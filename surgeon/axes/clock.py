@@ -121,7 +121,9 @@ class Table:
             if not all(isinstance(s, int | float) and 0 < s < np.inf for s in [*times, table.rest]):
                 raise ValueError("a time is no positive number")
             return table
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
+        ) as error:
             raise SurgeonError(
                 Code.BAD_TEXT_INPUT,
                 "this is no table of timings",

@@ -58,6 +58,12 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else index(value)
 
 
+def _words(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise TypeError(f"{value!r:.80} is no list of names")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that turns one model into a smaller one; it can be saved and replayed.
@@ -132,17 +138,19 @@ class Plan:
                 raise ValueError(f"version {data['version']} is not {VERSION}")
             return cls(
                 tuple(
-                    Cut(c["axis"], int(c["size"]), _tuples(c["kept"]), tuple(c["outer"]))
+                    Cut(str(c["axis"]), index(c["size"]), _tuples(c["kept"]), _words(c["outer"]))
                     for c in data["cuts"]
                 ),
-                tuple(data["branches"]),
+                _words(data["branches"]),
                 tuple(sorted((str(k), str(v)) for k, v in data["source"].items())),
-                tuple(data["rewrites"]),
-                tuple(str(name) for name in data.get("renumbered", ())),
+                _words(data["rewrites"]),
+                _words(data.get("renumbered", [])),
                 tuple(sorted((str(k), index(v)) for k, v in data.get("factors", {}).items())),
                 tuple(str(name) for name in data.get("grouped", ())),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError),
+        ) as error:
             raise SurgeonError(
                 Code.BAD_PLAN,
                 "this is no plan",

@@ -175,7 +175,10 @@ class Stored:
     def similarity(self, branches: Sequence[str]) -> Mapping[str, float]:
         """Returns how alike the residual stream is before and after branches or layers."""
         held = self._held("similarity", branches)
-        return {name: float(held[name]) for name in branches}
+        try:
+            return {name: float(held[name]) for name in branches}
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _damaged(self.path, f"{type(error).__name__}: {error}") from error
 
     def routing(self) -> Mapping[str, Routing]:
         """Returns how experts were used."""
@@ -230,6 +233,8 @@ class Stored:
 
     def _held(self, kind: str, names: Sequence[str]) -> Mapping[str, Any]:
         held = self.statistics.get(kind)
+        if held is not None and not isinstance(held, Mapping):
+            raise _damaged(self.path, f"its {kind} are no table")
         if held is None:
             raise SurgeonError(
                 Code.BAD_OPTION,
@@ -268,7 +273,9 @@ class Stored:
                             read[key] = file.get_tensor(key)
                     tensors = {part: read[key] for part, key in keys.items()}
                     out.append((name, int(entry["count"]), tensors))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (
+            *(OSError, SafetensorError, LookupError, TypeError, ValueError, OverflowError),
+        ) as error:
             raise _damaged(self.path, f"{type(error).__name__}: {error}") from error
         return out
 
@@ -313,7 +320,7 @@ def load(path: str | Path, *, fingerprint: str | None = None) -> Stored:
             for entry in statistics.get(kind, {}).values()
             for key in (entry[part] for part in parts)
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header can't be read ({error})") from error
     if version != FORMAT:
         raise _damaged(path, f"it is of format {version}, and this version reads {FORMAT}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from surgeon.errors import Code, SurgeonError
+
+MOST = 4 * 2**30
+"""Bytes that buffers may take in all. Masks of older models take the most: 4 MB a layer."""
 
 
 def computed_buffers(model_class: type[nn.Module], config: Any) -> dict[str, torch.Tensor]:
@@ -41,6 +45,7 @@ def _initialised(model_class: type[nn.Module], config: Any, fill: int) -> dict[s
         model: Any = model_class(copy.deepcopy(config))
     stored = model.state_dict().keys()
     names = [n for n, _ in model.named_buffers(remove_duplicate=False) if n not in stored]
+    _check_room(model_class, {name: model.get_buffer(name) for name in names})
     for name in names:
         path, _, key = name.rpartition(".")
         module = model.get_submodule(path)
@@ -50,3 +55,18 @@ def _initialised(model_class: type[nn.Module], config: Any, fill: int) -> dict[s
     model.initialize_weights()
     buffers = dict(model.named_buffers(remove_duplicate=False))
     return {name: buffers[name] for name in names}
+
+
+def _check_room(model_class: type[nn.Module], buffers: Mapping[str, torch.Tensor]) -> None:
+    """Refuses buffers that no model has; parameters need no room here."""
+    sizes = {name: buffer.nbytes for name, buffer in buffers.items()}
+    if sum(sizes.values()) <= MOST:
+        return
+    largest = max(sizes, key=lambda name: sizes[name])
+    raise SurgeonError(
+        Code.CAPTURE_FAILED,
+        "the config describes a model larger than any",
+        at=f"{model_class.__name__}: {largest}",
+        why=f"what it computes for itself takes {sum(sizes.values()):,} bytes, {MOST:,} at most",
+        try_="correct the config",
+    )

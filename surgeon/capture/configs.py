@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -14,6 +15,12 @@ from torch import nn
 
 import surgeon
 from surgeon.errors import Code, SurgeonError, near
+
+LAYERS = 10_000
+MODULES = 300_000
+"""More than any model has: the largest, of 61 layers with 384 experts each, has some 100,000. Even
+without values, modules take memory and time.
+"""
 
 OWN_CODE = "modeling_surgeon_pruned.py"
 """The modelling file in Surgeon's own per-layer checkpoints."""
@@ -34,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Returns a `config.json` as it is, known to be one."""
     try:
         raw: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise not_a_model(
             f"{path.name} can't be read",
             at=str(path),
@@ -170,9 +177,12 @@ def not_causal(label: str, where: str) -> NoReturn:
 
 def on_meta(cls: type[nn.Module], config: Any, where: str) -> nn.Module:
     """Returns a model with shapes and no values, in eval mode."""
+    _check_depth(config, where)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _few_modules():
             return cls(copy.deepcopy(config)).eval()
+    except _TooMany:
+        raise _too_large(f"it makes more than {MODULES:,} modules", where) from None
     except Exception as error:
         raise SurgeonError(
             Code.CAPTURE_FAILED,
@@ -181,6 +191,46 @@ def on_meta(cls: type[nn.Module], config: Any, where: str) -> nn.Module:
             why=first_line(error),
             try_="correct the config; packages that the model's code imports must be installed",
         ) from error
+
+
+class _TooMany(BaseException):
+    """A model has more modules than any has; no library on the way takes it for its own fault."""
+
+
+@contextmanager
+def _few_modules() -> Generator[None]:
+    """While active, what makes modules without end is stopped."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > MODULES:
+            raise _TooMany
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_depth(config: Any, where: str) -> None:
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > LAYERS:
+        raise _too_large(f"it asks for {layers:,} layers", where)
+
+
+def _too_large(why: str, where: str) -> SurgeonError:
+    return SurgeonError(
+        Code.CAPTURE_FAILED,
+        "the config describes a model larger than any",
+        at=where,
+        why=why,
+        try_="correct the config",
+    )
 
 
 def quantised(raw: Mapping[str, Any]) -> str | None:

@@ -90,7 +90,7 @@ class GGUFHeader:
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
             ):
                 self._scan(_Scan(data))
-        except (ValueError, KeyError, struct.error) as error:
+        except (ValueError, LookupError, ArithmeticError, RecursionError, struct.error) as error:
             raise bad_checkpoint(
                 f"{path.name} is truncated or no GGUF file",
                 at=str(path),

@@ -7,7 +7,6 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -16,31 +15,12 @@ from typing import Any, NoReturn
 import torch
 
 from surgeon.capture.blocks import Buffers, Span, extent, spans, whole
+from surgeon.capture.safetensors_header import Entry, bad_checkpoint, header, opened, truncated
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Param
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-STORED_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Element types of safetensors files."""
 
 BLOCK = 2**24
 """Bytes that are read at once where two tensors are compared."""
@@ -251,13 +231,6 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left, right)
 
 
-def bad_checkpoint(
-    what: str, *, at: str, why: str, try_: str, data: Mapping[str, Any] | None = None
-) -> SurgeonError:
-    """Returns the error for weights that can't be used."""
-    return SurgeonError(Code.BAD_CHECKPOINT, what, at=at, why=why, try_=try_, data=data)
-
-
 def digest(entries: Iterable[object]) -> str:
     """Returns the SHA-256 of a sequence of plain values."""
     out = hashlib.sha256()
@@ -304,18 +277,6 @@ class StateDictWeights(Weights):
         )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where a tensor lies in a safetensors file."""
-
-    file: Path
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
 class SafetensorsWeights(Weights):
     """The tensors of a checkpoint folder, in one safetensors file or in shards with an index.
 
@@ -355,7 +316,7 @@ class SafetensorsWeights(Weights):
     ) -> Iterator[tuple[int, torch.Tensor]]:
         entry = self._entries[name]
         _, row = extent(entry.shape, entry.dtype.itemsize)
-        with entry.file.open("rb", buffering=0) as file:
+        with opened(entry) as file:
             for start, stop in wanted:
                 data = buffers.take((stop - start) * row)
                 values: Any = data.numpy()
@@ -390,13 +351,22 @@ class SafetensorsWeights(Weights):
         return self._fingerprint(file_heads(self._entries))
 
 
-def _values(entry: _Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+class _FileWeights(SafetensorsWeights):
+    """The tensors of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path
+        self._entries = header(path)
+        Weights.__init__(self, self._entries)
+
+
+def _values(entry: Entry, start: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Reads values from a file. It is not mapped: pages of a mapping stay in memory for long."""
     size = math.prod(shape) * entry.dtype.itemsize
     if size == 0:
         return torch.empty(shape, dtype=entry.dtype)
     data = bytearray(size)
-    with entry.file.open("rb", buffering=0) as file:
+    with opened(entry) as file:
         _fill(file, entry.file, start, memoryview(data))
     return torch.frombuffer(data, dtype=torch.uint8).view(entry.dtype).reshape(shape)
 
@@ -408,26 +378,35 @@ def _fill(file: FileIO, path: Path, start: int, left: memoryview) -> None:
     while left:
         count = file.readinto(left)
         if not count:
-            raise _truncated(path, end, end - len(left))
+            raise truncated(path, end, end - len(left))
         left = left[count:]
 
 
 def file_heads(
-    entries: Mapping[str, _Entry],
+    entries: Mapping[str, Entry],
 ) -> Iterator[tuple[str, object, tuple[int, ...], bytes]]:
     """Metadata and first bytes of tensors, each file opened once."""
-    opened: tuple[Path, Any] | None = None
+    held: tuple[Path, Any] | None = None
     try:
         for name, e in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
-            if opened is None or opened[0] != e.file:
-                if opened is not None:
-                    opened[1].close()
-                opened = e.file, e.file.open("rb")
-            opened[1].seek(e.start)
-            yield name, e.dtype, e.shape, opened[1].read(min(HEAD, e.stop - e.start))
+            if held is None or held[0] != e.file:
+                if held is not None:
+                    held[1].close()
+                held = e.file, e.file.open("rb")
+            held[1].seek(e.start)
+            yield name, e.dtype, e.shape, held[1].read(min(HEAD, e.stop - e.start))
     finally:
-        if opened is not None:
-            opened[1].close()
+        if held is not None:
+            held[1].close()
+
+
+def stored_tensors(path: Path) -> Weights:
+    """Returns the tensors of one safetensors file, under the names that they have there.
+
+    Raises:
+        SurgeonError: `missing-file`, or `bad-checkpoint` for a damaged file.
+    """
+    return _FileWeights(path)
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -435,9 +414,9 @@ def has_safetensors(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors")) or (folder / INDEX).is_file()
 
 
-def _entries(folder: Path) -> dict[str, _Entry]:
+def _entries(folder: Path) -> dict[str, Entry]:
     if (folder / SINGLE).is_file():  # before an index, as Transformers does
-        return _header(folder / SINGLE)
+        return header(folder / SINGLE)
     index = folder / INDEX
     if not index.is_file():
         shards = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -451,14 +430,15 @@ def _entries(folder: Path) -> dict[str, _Entry]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {key: folder / file for key, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise bad_checkpoint(
             "the index of the shards can't be read",
             at=str(index),
             why=f"{type(error).__name__}: {error}",
             try_="fetch this file again",
         ) from error
-    outside = [f for f in files.values() if f.parent != folder]
+    # The name alone: `..` as a last part has the folder itself for its parent.
+    outside = [f for f in files.values() if f.parent != folder or f.name in ("", "..")]
     if outside:
         raise bad_checkpoint(
             "the index names files outside the folder",
@@ -476,7 +456,7 @@ def _entries(folder: Path) -> dict[str, _Entry]:
             try_="fetch the missing files; a checkpoint is read as a whole",
             data={"files": missing},
         )
-    headers = {file: _header(file) for file in dict.fromkeys(files.values())}
+    headers = {file: header(file) for file in dict.fromkeys(files.values())}
     absent = [key for key, file in files.items() if key not in headers[file]]
     if absent:
         raise bad_checkpoint(
@@ -486,67 +466,3 @@ def _entries(folder: Path) -> dict[str, _Entry]:
             try_="fetch index and shards again, from one version of the model",
         )
     return {key: headers[file][key] for key, file in files.items()}
-
-
-def _header(path: Path) -> dict[str, _Entry]:
-    """Reads and checks a file's header, so that a damaged file is known before any work."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version " or len(first) < 8:
-            pointer = first == b"version "
-            raise bad_checkpoint(
-                f"{path.name} is no safetensors file",
-                at=str(path),
-                why="it is a Git LFS pointer to the real file"
-                if pointer
-                else f"at least 8 bytes expected, {size} found",
-                try_="run `git lfs pull`" if pointer else "fetch this file again",
-            )
-        if 8 + length > size:
-            raise _truncated(path, 8 + length, size)
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        out = {
-            key: _Entry(
-                path,
-                key,
-                STORED_DTYPES[value["dtype"]],
-                tuple(value["shape"]),
-                8 + length + value["data_offsets"][0],
-                8 + length + value["data_offsets"][1],
-            )
-            for key, value in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise bad_checkpoint(
-            f"the header of {path.name} can't be read",
-            at=str(path),
-            why=f"{type(error).__name__}: {error}",
-            try_="fetch this file again; files for other quantised formats can't be pruned",
-        ) from error
-    expected = max((e.stop for e in out.values()), default=8 + length)
-    if expected != size:
-        raise _truncated(path, expected, size)
-    for e in out.values():
-        if e.stop - e.start != e.dtype.itemsize * math.prod(e.shape):
-            raise bad_checkpoint(
-                f"the header of {path.name} contradicts itself",
-                at=f"{path}, tensor {e.key}",
-                why=f"{e.stop - e.start} bytes for {e.dtype} {list(e.shape)}",
-                try_="fetch this file again",
-            )
-    return out
-
-
-def _truncated(path: Path, expected: int, found: int) -> SurgeonError:
-    return bad_checkpoint(
-        f"{path.name} is {'truncated' if found < expected else 'longer than its header says'}",
-        at=str(path),
-        why=f"{expected} bytes expected, {found} found",
-        try_="fetch this file again",
-        data={"expected_bytes": expected, "found_bytes": found},
-    )

@@ -50,6 +50,7 @@ In the format's own order, of which its files are sorted by the reverse.
 """
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_OWNER = re.compile(rf"{_HOST}-(\d+)-[0-9a-f]{{8}}")
 _OPEN: set[Path] = set()
 
 
@@ -180,7 +181,10 @@ def _check_parent(target: Path) -> None:
 
 def _target(path: str | os.PathLike[str]) -> Path:
     """A link is followed, so that what it leads to is replaced and not the link."""
-    target = Path(path).expanduser().resolve()
+    try:
+        target = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, or no name at all
+        raise _refused(Path(path), f"it is no path: {error}", "name another place") from error
     if not target.name:
         raise _refused(target, "it is the root of the file system", "name a folder in it")
     return target
@@ -248,9 +252,10 @@ def _reported(target: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(target.parent).free
-            raise _full(target, f"it ran full while writing, {_gb(free)} are free") from error
+            what = "a file grew too large" if error.errno == errno.EFBIG else "it ran full"
+            raise _full(target, f"{what} while writing, {_gb(free)} are free") from error
         about = [Path(os.fsdecode(f)) for f in (error.filename, error.filename2) if f is not None]
         ours = [f for f in about if _is_ours(f, target)]
         if not ours:
@@ -292,8 +297,18 @@ def _swap(partial: Path, target: Path) -> None:
 
 def _sibling(target: Path, kind: str) -> Path:
     """A name on the same file system that says whose it is: machine, process, and a random part."""
-    owner = f"{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
-    return target.with_name(f".{target.name}.{kind}-{owner}")
+    return target.with_name(f".{target.name}.{kind}-{owner()}")
+
+
+def owner() -> str:
+    """Returns a name that no other has, and that says which process made it."""
+    return f"{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def owned(name: str) -> bool:
+    """Tells whether the process that made a name may still run; one of another machine may."""
+    match = _OWNER.fullmatch(name)
+    return match is None or int(match[1]) == os.getpid() or _alive(int(match[1]))
 
 
 def _recover(target: Path) -> None:

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
 
 from surgeon.emit.files import output_file
+from surgeon.emit.scratch import scratch
 from surgeon.emit.target import Target
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import ParamRef, Program, Ref, TensorType
@@ -304,8 +304,8 @@ def check_pt2(
         SurgeonError: `runtime-failed` where it does not load or run there, `verify-failed` where
             it gives other outputs.
     """
-    with TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder) / "inputs.pt", Path(folder) / "outputs.pt"
+    with scratch() as folder:
+        inputs, outputs = folder / "inputs.pt", folder / "outputs.pt"
         torch.save([sample.inputs for sample in given], inputs)
         # -I keeps the caller's folder and environment out of what can be imported.
         done = subprocess.run(

@@ -24,6 +24,12 @@ from surgeon.ir.program import (
 
 HEADER = "surgeon.program 1"
 KINDS = ("parameter", "buffer", "computed", "constant")
+DEEPEST = 64
+"""Levels of lists in an argument; programs have two."""
+
+LONGEST = 1000
+"""Characters of a number or a size; Python itself refuses whole numbers of some thousands."""
+
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+\Z")
 _MONOMIAL = re.compile(r"[A-Za-z0-9_*]+\Z")
 
@@ -190,6 +196,8 @@ class _Line:
             if match is None:
                 self.fail("a size is missing" if sizes else "a shape is not closed")
             expression, plain = match.groups()
+            if len(plain or "") > LONGEST:
+                self.fail(f"a size has more than {LONGEST} characters")
             sizes.append(int(plain) if re.fullmatch(r"-?\d+", plain or "") else expression or plain)
             self.move(match.end())
             if self.peek()[1] not in (",", "]"):
@@ -198,7 +206,7 @@ class _Line:
                 self.fail("a size is missing")
         return TensorType(dtype, tuple(sizes))
 
-    def arg(self) -> Arg:
+    def arg(self, depth: int = 0) -> Arg:
         kind, value = self.peek()
         if kind == "value":
             name = self.unquote(value[1:])
@@ -213,16 +221,20 @@ class _Line:
         if kind == "string":
             return self.string()
         if kind == "number":
+            if len(value) > LONGEST:
+                self.fail(f"a number has more than {LONGEST} characters")
             self.take()
             return _number(value)
         if kind == "word" and value in ("True", "False", "None"):
             self.take()
             return {"True": True, "False": False, "None": None}[value]
         if value == "[":
+            if depth > DEEPEST:
+                self.fail(f"lists are more than {DEEPEST} levels deep")
             self.take()
             items: list[Arg] = []
             while not self.accept("]"):
-                items.append(self.arg())
+                items.append(self.arg(depth + 1))
                 if not self.accept(",") and self.peek()[1] != "]":
                     self.fail("a list is not closed")
             return tuple(items)

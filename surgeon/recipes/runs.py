@@ -30,7 +30,7 @@ def of_run(path: Path) -> Recipe:
             why=error.strerror or str(error),
             try_="a folder that prune wrote, or the name of a recipe: 'surgeon recipe' lists them",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _none(file, f"it is no JSON: {error}") from error
     if not isinstance(report, dict) or "recipe" not in report:
         raise _none(file, "it is not what a prune writes")

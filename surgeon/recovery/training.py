@@ -12,7 +12,6 @@ from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from surgeon.calibrate.data import Places
+from surgeon.emit.scratch import scratch
 from surgeon.errors import Code, SurgeonError
 from surgeon.recovery.bar import Bar
 from surgeon.recovery.lora import adapted, merged
@@ -95,8 +95,8 @@ def trained(job: Job) -> Trained:
     model = adapted(job.student, settings) if settings.method == "lora" else job.student.model
     _prepare(model, settings)
     data = Windows(job.places, settings.steps * settings.batch, settings.seed)
-    with TemporaryDirectory() as scratch, ExitStack() as stack:
-        folder = Path(scratch) if job.folder is None else job.folder
+    with scratch() as made, ExitStack() as stack:
+        folder = made if job.folder is None else job.folder
         arguments = _arguments(settings, folder, world, keep=job.folder is not None)
         bar = stack.enter_context(Bar(settings.steps, f"recover ({settings.method})"))
         trainer = _Trainer(job, model, arguments, data, [_Progress(bar), _Finite()])

@@ -72,7 +72,7 @@ class Kept:
         """Returns what was kept of a window, [window − 1, vocab]."""
         import torch
 
-        return torch.from_numpy(np.load(self._file(text, window)))
+        return torch.from_numpy(np.load(self._file(text, window), allow_pickle=False))
 
     def _file(self, text: int, window: int) -> Path:
         return self._folder / f"{text}-{window}.npy"

@@ -210,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _no_object(path, one_line(error)) from error
     if not isinstance(found, dict):
         raise _no_object(path, f"it holds a {type(found).__name__}")

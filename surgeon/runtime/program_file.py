@@ -45,13 +45,16 @@ def load_program(path: Path, *, device: str = "auto") -> Any:
     """Returns the exported program of a file, on a device.
 
     Raises:
-        SurgeonError: `missing-file`, `not-a-model`, or a device that doesn't work here.
+        SurgeonError: `missing-file`, `not-a-model`, `remote-code` where it holds more than tensors
+            and text, or a device that doesn't work here.
     """
     import torch
     from torch.export.passes import move_to_device_pass
 
+    from surgeon.runtime.program_archive import check_archive
+
     on = choose_torch_device(device)
-    find_program(path)
+    check_archive(find_program(path))
     try:
         program = torch.export.load(path)
     except Exception as error:

@@ -72,7 +72,14 @@ def test_a_config_that_is_not_text(copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_size", "wide"), ("num_attention_heads", 0), ("num_hidden_layers", -1)],
+    [
+        *(("hidden_size", "wide"), ("hidden_size", 10**15), ("hidden_size", -48)),
+        *(("num_attention_heads", 0), ("num_attention_heads", 10**12)),
+        *(("num_hidden_layers", -1), ("num_hidden_layers", 10**9), ("num_hidden_layers", 1.5)),
+        *(("num_key_value_heads", "3"), ("head_dim", -2), ("head_dim", 10**18)),
+        *(("vocab_size", 10**30), ("vocab_size", None), ("intermediate_size", float("nan"))),
+        *(("rms_norm_eps", float("nan")), ("rope_parameters", [3]), ("hidden_act", "../x")),
+    ],
 )
 def test_a_config_of_nonsense(copy: Path, tmp_path: Path, key: str, value: object) -> None:
     config = json.loads((copy / "config.json").read_text())

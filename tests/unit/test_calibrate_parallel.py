@@ -95,7 +95,8 @@ def saves(folder):
     def refuse():
         raise SurgeonError(Code.DISK_FULL, "what", at="at", why="why", try_="try")
     def fault(ids):
-        raise SurgeonError(Code.RUNTIME_FAILED, f"fault of {rank()}", at="at", why="why", try_="try")
+        what = f"fault of {rank()}"
+        raise SurgeonError(Code.RUNTIME_FAILED, what, at="at", why="why", try_="try")
     heard = [by_first("a", write)]
     texts = Texts("text", torch.zeros(1, 3, dtype=torch.int64).numpy())  # the first one's alone
     for failing in (lambda: by_first("a", refuse), lambda: score(fault, texts, world=join())):
@@ -151,7 +152,6 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
                     continue
                 size = float(alone[name].abs().max())
                 torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-5 * size)
-
 
     assert (tmp_path / "writers.txt").read_text().split() == ["0"]
     refused = "[disk-full] what\n  at  at\n  why why\n  try try"
