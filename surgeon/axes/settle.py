@@ -18,17 +18,22 @@ MIXING = ("contract", "normalise", "index", "scan")
 """Uses that bring together what belongs to different indices of an axis."""
 TOGETHER = ("aten.mean.dim", "aten.sum.dim_IntList")
 """Operations that mix several dimensions as if they were one."""
+FACTS = ("repeated", "paired", "places")
+"""Tags that are no roles by themselves."""
 ROLE_ORDER = (
     "positions",
     "hidden",
     "vocab",
     "kv_heads",
     "q_per_kv",
+    "pair",
     "rotary",
     "qk",
     "v",
     "ffn",
     "rank",
+    "channels",
+    "kernel",
 )
 
 
@@ -229,24 +234,27 @@ class _Settler:
 
     def _roles(self) -> dict[int, str]:
         found: dict[int, set[str]] = {}
-        repeated = {
-            a for e, t in self.facts.tags if t == "repeated" for a in leaves(self.resolved(e))
-        }
+        tagged: dict[str, set[int]] = {k: set() for k in FACTS}
+        for expr, tag in self.facts.tags:
+            if tag in tagged:
+                tagged[tag].update(leaves(self.resolved(expr)))
+        repeated, paired = tagged["repeated"], tagged["paired"]
         for expr, tag in self.facts.tags:
             atoms = list(leaves(self.resolved(expr)))
             for atom in atoms:
                 role = tag
                 if tag in ("q_heads", "kv_heads"):
                     role = "q_per_kv" if atom in repeated else "kv_heads"
-                elif tag == "qk" and atoms.count(atom) > 1:
+                elif tag == "qk" and (atoms.count(atom) > 1 or atom in paired):
                     role = "rotary"
-                elif tag == "repeated":
+                elif tag in tagged:
                     continue
                 found.setdefault(atom, set()).add(role)
         for branch in self.branches:
             value = self.program.ops[branch.add].outputs[0]
             for atom in leaves(self.dims["%" + value][-1]):
-                found.setdefault(atom, set()).add("hidden")
+                if atom not in tagged["places"]:
+                    found.setdefault(atom, set()).add("hidden")
         # Logits are over the vocabulary where tokens come in through an embedding.
         logits = self.program.outputs if any("vocab" in roles for roles in found.values()) else ()
         for name in logits:

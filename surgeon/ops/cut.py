@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from surgeon.axes.space import Expr, Sum
 from surgeon.ir.program import Arg, Op, ParamRef, Ref, Size
+from surgeon.ops.interleave import in_turns
 from surgeon.ops.rule import Atoms, Context, Flow, Rebuild, axis_of, rule
 from surgeon.ops.shape import keeps
 
@@ -42,15 +43,28 @@ def _rebuild_slice(r: Rebuild) -> Op:
     # Where the end is counted from the back, a piece moves though it keeps its size.
     if r.operand(r.op.arg(0))[dim] == r.program.type_of(r.op.arg(0)).shape[dim]:
         return r.op
+    if r.op.arg(4, 1) != 1:  # every n-th channel of all, however many there are
+        args = (r.op.args[0], dim, r.op.args[2], None, *r.op.args[4:])
+        return replace(r.op, args=args)
     start = r.label("before")
     end = start + r.label("piece")
     args = (r.op.args[0], dim, start, end, *r.op.args[4:])
     return replace(r.op, args=args)
 
 
+def _covers(size: Size, start: int | None, end: int | None, step: Arg) -> bool:
+    """Whether a slice takes one channel of every `step`, from the first of them to the last."""
+    if not isinstance(size, int) or not isinstance(step, int) or step < 2 or size % step:
+        return False
+    return start is not None and start < step and end is not None and end > size - step + start
+
+
 @rule("aten.slice.Tensor", vanish=keeps, rebuild=_rebuild_slice)
 def slice_(c: Context) -> None:
-    """Cuts a dimension at the slice's ends; a strided or dynamic slice couples nothing."""
+    """Cuts a dimension at the slice's ends, or takes every n-th channel of all.
+
+    Any other strided slice, and one at a dynamic place, couples nothing.
+    """
     x = c.dims(c.op.arg(0))
     shape = c.shape(c.op.arg(0))
     dim = axis_of(c.op.arg(1, 0), len(x))
@@ -65,6 +79,10 @@ def slice_(c: Context) -> None:
     start = _bound(c.op.arg(2), size, 0) if isinstance(size, int) else None
     end = _bound(c.op.arg(3), size, size) if isinstance(size, int) else None
     step = c.op.arg(4, 1)
+    if _covers(size, start, end, step):
+        assert isinstance(step, int)
+        c.equate(in_turns(c, dim, step), c.out()[dim])
+        return
     if not isinstance(size, int) or start is None or end is None or step != 1:
         why = (
             "a strided slice picks channels by number"
