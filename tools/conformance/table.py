@@ -30,9 +30,9 @@ about a third of every role (a quarter of `hidden`, half of the `layers`), and c
 | | the architecture has no such role |
 
 `~`: the reference's normalisers see kept channels only, as LayerNorm's mean can't be masked. Roles
-that one class expresses are written together. `pt2` and `ONNX` are the differences of one graph with
-every role cut at once, loaded by torch and run by ONNX Runtime: with a cache (`ort`, `standard`) or
-without (`generic`). All differences are shares of the largest output, and 1e-4 is allowed.
+that one class expresses are written together. `pt2` and `ONNX` are the differences of one graph
+with every role cut at once, loaded by torch and run by ONNX Runtime: with a cache (`ort`,
+`standard`) or without (`generic`). All differences are shares of the largest output, and 1e-4 is allowed.
 
 `tools/zoo NAME …` measures some rows anew; `tools/zoo --sweep` tries every architecture of
 Transformers.
@@ -84,7 +84,7 @@ def remarks(line: Line) -> list[str]:
 
 def _short(why: str) -> str:
     """Returns the first of several reasons."""
-    return re.sub(r"\s+", " ", why).split("; ")[0][:220].rstrip(". ")
+    return re.sub(r"\s+", " ", why).split("; ")[0].replace("|", "/")[:220].rstrip(". ")
 
 
 def read(path: Path = PATH) -> Table:
