@@ -32,7 +32,8 @@ about a third of every role (a quarter of `hidden`, half of the `layers`), and c
 `~`: the reference's normalisers see kept channels only, as LayerNorm's mean can't be masked. Roles
 that one class expresses are written together. `pt2` and `ONNX` are the differences of one graph
 with every role cut at once, loaded by torch and run by ONNX Runtime: with a cache (`ort`,
-`standard`) or without (`generic`). All differences are shares of the largest output, and 1e-4 is allowed.
+`standard`) or without (`generic`). All differences are shares of the largest output, and 1e-4 is
+allowed.
 
 `tools/zoo NAME …` measures some rows anew; `tools/zoo --sweep` tries every architecture of
 Transformers.
