@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgeon.ir.program import Arg, Op, ParamRef, Ref
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, Rebuild, rule, vanishing, wherever
+from surgeon.ops.rule import (
+    Atoms,
+    Context,
+    Flow,
+    Gauge,
+    Rebuild,
+    axis_of,
+    rule,
+    vanishing,
+    wherever,
+)
 
 INDEXED = "rows are picked by numbers that come from data"
 
@@ -79,3 +89,42 @@ def index(c: Context) -> None:
         for k in range(1, len(dims) + 1):
             if sizes[-k] != 1 or shape[-k] == 1:
                 c.equate(dims[-k], picked[-k])
+
+
+@rule("aten.gather.default", vanish=lambda f: frozenset())
+def gather(c: Context) -> None:
+    """Picks along one dimension, place by place of the others."""
+    x, given, out = c.dims(c.op.arg(0)), c.dims(c.op.arg(2)), c.out()
+    dim = axis_of(c.op.arg(1), len(x)) if x else 0
+    sizes = c.shape(c.op.arg(0))
+    for i, (a, b, picked) in enumerate(zip(x, given, out, strict=True)):
+        c.equate(b, picked)
+        if i == dim:
+            c.pin(a, INDEXED)
+            c.use(a, "index", Gauge.FIXED)
+        elif sizes[i] == c.op.types[0].shape[i]:
+            c.equate(a, picked)
+        else:
+            c.pin(a, "only some of it is picked from")
+            c.pin(picked, "only some of it is picked from")
+
+
+def _select_vanish(f: Flow) -> Atoms:
+    x = f.op.arg(0)
+    dim = axis_of(f.op.arg(1), f.rank(x))
+    return wherever(f, [Atoms() if d == dim else vanishing(f, x, d) for d in range(f.rank(x))])
+
+
+@rule("aten.index_select.default", vanish=_select_vanish)
+def index_select(c: Context) -> None:
+    """Picks along one dimension by a list of numbers."""
+    x, given, out = c.dims(c.op.arg(0)), c.dims(c.op.arg(2)), c.out()
+    dim = axis_of(c.op.arg(1), len(x))
+    for i, (a, b) in enumerate(zip(x, out, strict=True)):
+        if i == dim:
+            c.pin(a, INDEXED)
+            c.use(a, "index", Gauge.FIXED)
+            c.equate(b, given[0] if given else b)
+        else:
+            c.equate(a, b)
+            c.use(b, "produce" if isinstance(c.op.arg(0), ParamRef) else "map", Gauge.ANY)
