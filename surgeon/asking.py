@@ -95,11 +95,12 @@ def check_factors(origin: Model, recipe: Recipe, passes: Passes) -> None:
         )
     from surgeon.emit.target import TRANSFORMERS, Refusal, all_graphs, names_of, refusal
 
-    for name in names_of(recipe.target) if origin.source is not None else ():
-        if name == TRANSFORMERS:
+    source = origin.source
+    for name in names_of(recipe.target) if source is not None else ():
+        if name == TRANSFORMERS and source is not None:
             from surgeon.emit.huggingface import check_factors as expressible
 
-            expressible(origin.source.config, origin.source.model_class)
+            expressible(source.config, source.model_class)
         elif not all_graphs((name,)):
             from surgeon.emit.products import TWO_MAPS
 

@@ -73,8 +73,9 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """Returns the report that `to_json` wrote, its values as JSON has them."""
-        data = json.loads(text)
-        return cls(**{**data, "notes": tuple(data["notes"])})
+        data: dict[str, Any] = json.loads(text)
+        data["notes"] = tuple(data["notes"])
+        return cls(**data)
 
 
 @dataclass(frozen=True)

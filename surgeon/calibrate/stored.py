@@ -232,7 +232,7 @@ class Stored:
         )
 
     def _held(self, kind: str, names: Sequence[str]) -> Mapping[str, Any]:
-        held = self.statistics.get(kind)
+        held: Any = self.statistics.get(kind)
         if held is not None and not isinstance(held, Mapping):
             raise _damaged(self.path, f"its {kind} are no table")
         if held is None:

@@ -199,7 +199,7 @@ def _special(loaded: Any) -> list[Field]:
     full = loaded("a")["input_ids"]
     begins, ends = full[:1] != bare[:1], full[-1:] != bare[-1:]
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    numbers = {ours: getattr(loaded, f"{ours}_token_id", None) for ours in names}
+    numbers: dict[str, Any] = {ours: getattr(loaded, f"{ours}_token_id", None) for ours in names}
     # What a text really begins with counts, whatever it is called.
     numbers |= {"bos": full[0]} if begins else {}
     numbers |= {"eos": full[-1]} if ends else {}

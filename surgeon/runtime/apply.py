@@ -167,7 +167,8 @@ def kept_only(
         selection: what is removed.
         program_ops: the index, in the reference program, of the operation that makes each value.
     """
-    out: dict[int, Normaliser] = kept_choices(axes, selection, program_ops)
+    out: dict[int, Normaliser] = {}
+    out |= kept_choices(axes, selection, program_ops)
     for op in axes.program.ops:
         if op.target == "aten.mean.dim" and op.outputs[0] in program_ops:
             found = _kept_average(axes, selection, op)

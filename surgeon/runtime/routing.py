@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from surgeon.axes.plan import Selection
 from surgeon.axes.space import leaves
 from surgeon.ir.program import Op, ParamRef, Ref
 
-Choice = Callable[..., object]
+Choice = Callable[..., Any]
 
 _DIM = {"aten.softmax.int": 1, "aten._softmax.default": 1, "aten.topk.default": 2}
 """Operations in which the indices of a dimension compete, and which argument says the dimension."""
