@@ -357,8 +357,7 @@ def write_safetensors(
     """Writes tensors one at a time and returns the files: one, or shards with their index.
 
     File names, the split and the index are those of Transformers. At no time are more than three
-    tensors held, or three blocks of rows of such as come in blocks: what is written next is made
-    in another thread.
+    tensors held, or blocks of them: what is written next is made in another thread.
 
     Args:
         folder: an existing folder, best the one that `output_folder` yields.
@@ -465,25 +464,24 @@ def _values(spec: TensorSpec) -> Iterator[memoryview]:
     """Yields the bytes of a tensor, checked against what was announced."""
     import torch
 
-    blocks = (spec.load(),) if spec.pieces is None else spec.pieces()
     rows = 0
-    for tensor in blocks:
+    for tensor in (spec.load(),) if spec.pieces is None else spec.pieces():
         shape = tuple(tensor.shape)
         rows += shape[0] if shape else 1
         name = _short_names().get(tensor.dtype)
         whole = spec.pieces is None and shape != spec.shape
         if name != spec.dtype or whole or shape[1:] != spec.shape[1:]:
-            raise _unannounced(spec, _announced(spec, f"{name} {list(shape)}"))
+            raise _unlike(spec, f"{name} {list(shape)}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             values: Any = flat.view(torch.uint8).numpy()
             yield memoryview(values)
     if spec.pieces is not None and rows != (spec.shape[0] if spec.shape else 1):
-        raise _unannounced(spec, _announced(spec, f"{rows} rows"))
+        raise _unlike(spec, f"{rows} rows")
 
 
-def _announced(spec: TensorSpec, made: str) -> str:
-    return f"announced as {spec.dtype} {list(spec.shape)}, made as {made}"
+def _unlike(spec: TensorSpec, made: str) -> SurgeonError:
+    return _unannounced(spec, f"announced as {spec.dtype} {list(spec.shape)}, made as {made}")
 
 
 def _short_names() -> dict[torch.dtype, str]:
