@@ -53,7 +53,7 @@ class Magnitude(ScorePass):
                 if axes.program.param[param].kind in ("parameter", "buffer"):
                     shape = axes.program.param[param].type.shape
                     for _, dims in marginals(axes, axis, param):
-                        sizes = [s for d in dims if isinstance(s := shape[d], int)]
+                        sizes = tuple(int(shape[d]) for d in dims)
                         left.setdefault(param, {})[dims] = np.zeros(sizes)
         totals = dict.fromkeys(branches, 0.0)
         owners: dict[str, list[str]] = {}

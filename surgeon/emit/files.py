@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -372,8 +372,7 @@ def write_safetensors(
     """Writes tensors one at a time and returns the files: one, or shards with their index.
 
     File names, the split and the index are those of Transformers. At no time are more than three
-    tensors held, or three blocks of rows of such as come in blocks: what is written next is made
-    in another thread.
+    tensors held, or blocks of them: what is written next is made in another thread.
 
     Args:
         folder: an existing folder, best the one that `output_folder` yields.
@@ -472,39 +471,36 @@ def write_safetensors_file(
     text += b" " * (-len(text) % 8)
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for values in ahead(value for spec in specs for value in _values(spec)):
-            file.write(values)
+        # Closed here whatever happens, so that no thread goes on reading after a full disk.
+        with closing(ahead(value for spec in specs for value in _values(spec))) as every:
+            for values in every:
+                file.write(values)
 
 
 def _values(spec: TensorSpec) -> Iterator[memoryview]:
     """Yields the bytes of a tensor, checked against what was announced."""
     import torch
 
-    blocks = (spec.load(),) if spec.pieces is None else spec.pieces()
+    from surgeon.capture.exported import DTYPES
+
     rows = 0
-    for tensor in blocks:
+    for tensor in (spec.load(),) if spec.pieces is None else spec.pieces():
         shape = tuple(tensor.shape)
         rows += shape[0] if shape else 1
-        name = _short_names().get(tensor.dtype)
+        name = DTYPES.get(tensor.dtype)
         whole = spec.pieces is None and shape != spec.shape
         if name != spec.dtype or whole or shape[1:] != spec.shape[1:]:
-            raise _unannounced(spec, _announced(spec, f"{name} {list(shape)}"))
+            raise _unlike(spec, f"{name} {list(shape)}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
             values: Any = flat.view(torch.uint8).numpy()
             yield memoryview(values)
     if spec.pieces is not None and rows != (spec.shape[0] if spec.shape else 1):
-        raise _unannounced(spec, _announced(spec, f"{rows} rows"))
+        raise _unlike(spec, f"{rows} rows")
 
 
-def _announced(spec: TensorSpec, made: str) -> str:
-    return f"announced as {spec.dtype} {list(spec.shape)}, made as {made}"
-
-
-def _short_names() -> dict[torch.dtype, str]:
-    from surgeon.capture.exported import DTYPES
-
-    return DTYPES
+def _unlike(spec: TensorSpec, made: str) -> SurgeonError:
+    return _unannounced(spec, f"announced as {spec.dtype} {list(spec.shape)}, made as {made}")
 
 
 def _unannounced(spec: TensorSpec, why: str) -> SurgeonError:

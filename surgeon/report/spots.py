@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from torch import nn
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.plan import Plan, Selection
@@ -201,9 +202,11 @@ class _Check:
         ids = torch.zeros(self.rows, self.length, dtype=torch.long)
         at = torch.arange(self.length).expand(self.rows, -1)
         state = self._state(given)
-        want = self._kept(dense.made, _runner(dense, self.dense, self._change)(ids, at, state))
+        with _Runner(dense, self.dense, self._change) as wide:
+            want = self._kept(dense.made, wide(ids, at, state))
         small = self.factor * self._kept(given, state)
-        got = _runner(sliced, self.sliced)(ids, at, small)
+        with _Runner(sliced, self.sliced) as narrow:
+            got = narrow(ids, at, small)
         found = _Apart(sliced.label)
         if not dense.branch:
             # Logits are what they were; between layers the stream may be scaled otherwise.
@@ -213,14 +216,17 @@ class _Check:
 
     def _first(self, dense: Part, sliced: Part) -> float:
         """Returns the same of what lies before the first branch, asked for every token."""
-        wide, narrow = _runner(dense, self.dense, self._change), _runner(sliced, self.sliced)
         found = _Apart(sliced.label)
         known = False
-        for (old, new), at in self._every_token():
-            want, got = self._kept(dense.made, wide(old, at, None)), narrow(new, at, None)
-            if not known:
-                self.factor, known = _factor(want, got), True
-            found.add(self.factor * want, got)
+        with (
+            _Runner(dense, self.dense, self._change) as wide,
+            _Runner(sliced, self.sliced) as narrow,
+        ):
+            for (old, new), at in self._every_token():
+                want, got = self._kept(dense.made, wide(old, at, None)), narrow(new, at, None)
+                if not known:
+                    self.factor, known = _factor(want, got), True
+                found.add(self.factor * want, got)
         return found.share
 
     def _change(self, program: Program) -> Mapping[int, Normaliser]:
@@ -292,26 +298,40 @@ class _Apart:
         return self.largest / (self.scale or 1.0)
 
 
-def _runner(
-    part: Part,
-    side: Side,
-    change: Callable[[Program], Mapping[int, Normaliser]] = lambda _: {},
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
-    """Returns what runs a part on token ids, positions and what it is given."""
-    modules: list[Callable[..., torch.Tensor]] = []
-    for piece in part.pieces:
-        made = part.made if piece is part.pieces[-1] else piece.program.outputs[0]
-        program = replace(piece.program, outputs=(made,)).without_dead_code()
-        modules.append(lower(program, side.get, change=change(program)))
+class _Runner:
+    """Runs a part on token ids, positions and what it is given; its weights go when it is left."""
 
-    def run(ids: torch.Tensor, at: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
-        for module in modules:
+    def __init__(
+        self,
+        part: Part,
+        side: Side,
+        change: Callable[[Program], Mapping[int, Normaliser]] = lambda _: {},
+    ) -> None:
+        self.modules: list[nn.Module] = []
+        for piece in part.pieces:
+            made = part.made if piece is part.pieces[-1] else piece.program.outputs[0]
+            program = replace(piece.program, outputs=(made,)).without_dead_code()
+            self.modules.append(lower(program, side.get, change=change(program)))
+
+    def __call__(
+        self, ids: torch.Tensor, at: torch.Tensor, state: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns what the last piece makes."""
+        for module in self.modules:
             given = () if state is None else (state,)
             state = module(ids, torch.ones_like(ids), at, *given)
         assert state is not None
         return state
 
-    return run
+    def __enter__(self) -> _Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A module that runs a graph refers to itself: its weights would stay until that is noticed.
+        for module in self.modules:
+            for parameter in module.parameters():
+                parameter.data = parameter.new_empty(0)
+        self.modules.clear()
 
 
 def _factor(want: torch.Tensor, got: torch.Tensor) -> float:

@@ -80,6 +80,10 @@ def generate(folder: Path, layers: int) -> int:
     return sum(spec.nbytes for spec in specs)
 
 
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def settle(folder: Path) -> None:
     """Sees to it that files are on the disk, and out of the page cache."""
     for path in folder.glob("*.safetensors"):
@@ -165,10 +169,10 @@ def _last(ranges: list[tuple[Path, int, int]]) -> int:
     return len(ranges) - places[-1]
 
 
-def measure(at: Path, layers: int, memory: str, ratio: float) -> dict[str, float]:
+def measure(at: Path, layers: int, memory: str, ratio: float, verify: bool) -> dict[str, float]:
     """Returns what pruning one checkpoint takes, and copying its bytes."""
     source, out = at / "source", at / "out"
-    size = generate(source, layers)
+    size = generate(source, layers) if not source.exists() else _bytes(source)
     surgeon = [sys.executable, "-m", "surgeon.cli"]
     measured([*surgeon, "inspect", str(source / "config.json")])  # libraries into the page cache
     asked = ["--ratio", str(ratio), "--memory", memory]
@@ -180,7 +184,9 @@ def measure(at: Path, layers: int, memory: str, ratio: float) -> dict[str, float
     told = json.loads((out / "surgeon.json").read_text())
     settle(source)
     settle(out)
-    checked, most, _ = measured([*surgeon, "verify", str(out), "--by-layer"])
+    checked = most = float("nan")
+    if verify:
+        checked, most, _ = measured([*surgeon, "verify", str(out), "--by-layer"])
     shutil.rmtree(out)
     settle(source)
     copied = copy(ranges, wanted, at / "copy")
@@ -228,6 +234,8 @@ def main() -> None:
     parser.add_argument("--memory", default="1.5GB")
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--at", type=Path, help="a folder on the disk to measure")
+    parser.add_argument("--no-verify", action="store_true", help="prune and copy alone")
+    parser.add_argument("--source", type=Path, help="one such checkpoint, which is kept")
     asked = parser.parse_args()
     names = [name for name, _ in COLUMNS.values()]
     print("| " + " | ".join(names) + " |")
@@ -238,7 +246,11 @@ def main() -> None:
         if size >= 13:
             layers = LAYERS
         with tempfile.TemporaryDirectory(dir=asked.at) as folder:
-            found = measure(Path(folder), layers, asked.memory, asked.ratio)
+            if asked.source is not None:
+                (Path(folder) / "source").mkdir()
+                for path in asked.source.iterdir():
+                    os.link(path, Path(folder) / "source" / path.name)
+            found = measure(Path(folder), layers, asked.memory, asked.ratio, not asked.no_verify)
         cells = [format(found[key], form) for key, (_, form) in COLUMNS.items()]
         print("| " + " | ".join(cells) + " |", flush=True)
     print(f"own peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
