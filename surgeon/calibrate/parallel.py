@@ -114,7 +114,7 @@ def by_first(what: str, write: Callable[[], str]) -> str:
     """
     if not launched():
         return write()
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     place = os.environ
     if place.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
