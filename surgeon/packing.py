@@ -96,7 +96,7 @@ def save(
     """
     if pruned.origin.tensors is None:
         raise no_weights(pruned.origin.id)
-    check_scheme(scheme, "pt2" if pruned.is_graph else "transformers", pruned.origin.id)
+    check_scheme(scheme, "pt2" if pruned.is_graph else pruned.target, pruned.origin.id)
     source, own = pruned.origin.source, pruned.origin.dtype
     assert source is not None
     dtype = main_dtype(pruned, pruned.emission)

@@ -124,7 +124,7 @@ def _done(
 
     if out is None:
         report = result.report
-        if not result.is_graph:
+        if "transformers" in result.targets and not result.is_graph:
             report = replace(report, notes=(*report.notes, *result.emission.notes))
     else:
         report = result.save(out, overwrite=overwrite, verify=verify, measure=scoring)
