@@ -224,8 +224,6 @@ class Stored:
 
     def _held(self, kind: str, names: Sequence[str]) -> Mapping[str, Any]:
         held = self.statistics.get(kind)
-        if held is not None and not isinstance(held, Mapping):
-            raise _damaged(self.path, f"its {kind} are no table")
         if held is None:
             raise SurgeonError(
                 Code.BAD_OPTION,
@@ -304,7 +302,10 @@ def load(path: str | Path, *, fingerprint: str | None = None) -> Stored:
     try:
         header: dict[str, Any] = json.loads(text)
         version = header.pop("format")
-        statistics = cast(dict[str, dict[str, Any]], header.pop("statistics"))
+        found_in = cast(dict[str, Any], header.pop("statistics"))
+        if not all(isinstance(entries, dict) for entries in found_in.values()):
+            raise TypeError("a statistic is no table of names")
+        statistics = cast(dict[str, dict[str, Any]], found_in)
         named = {
             key
             for kind, parts in _PARTS.items()
