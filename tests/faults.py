@@ -71,7 +71,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("compare", "MODEL", "PRUNED", "--text", "text.txt", *WINDOWS, "--no-speed"),
         *("--new-tokens", "4", "--markdown", "OUT/table.md", "--html", "OUT/page.html"),
     ),
-    "graph": ("graph", "MODEL", "-o", "OUT/graph.html"),
+    "graph": ("graph", "MODEL", "-o", "OUT/graph.json"),
 }
 """The writing commands on a tiny model; all are told to overwrite. `demo` calls some of them."""
 
