@@ -20,7 +20,6 @@ import importlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import sys
@@ -32,6 +31,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.forked import Parked, finish, start
 
 SCHEDULE = """\
 version: 1
@@ -70,7 +71,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("compare", "MODEL", "PRUNED", "--text", "text.txt", *WINDOWS, "--no-speed"),
         *("--new-tokens", "4", "--markdown", "OUT/table.md", "--html", "OUT/page.html"),
     ),
-    "graph": ("graph", "MODEL", "-o", "OUT/graph.html"),
+    "graph": ("graph", "MODEL", "-o", "OUT/graph.json"),
 }
 """The writing commands on a tiny model; all are told to overwrite. `demo` calls some of them."""
 
@@ -92,110 +93,6 @@ class Left:
     siblings: int = 0
     scratch: int = 0
     defects: list[str] = field(default_factory=list)
-
-
-# --- runs ----------------------------------------------------------------------------------------
-
-
-def start(arguments: tuple[str, ...], place: Path, park: Callable[[], None] | None = None) -> int:
-    """Forks a process that runs the command in a folder; returns its number.
-
-    Args:
-        arguments: of the command.
-        place: where it runs.
-        park: called in the process when it is about to write for the first time.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        os.chdir(place)
-        log = os.open(place / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.environ["TMPDIR"] = str(place / "tmp")
-        tempfile.tempdir = None
-        sys.argv = ["surgeon", *arguments]
-        if park is not None:
-            _stop_before_writing(park)
-        code = _main()
-        (place / "modules.json").write_text(json.dumps(sorted(sys.modules)))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _stop_before_writing(park: Callable[[], None]) -> None:
-    """Has `park` called when a temporary name is first chosen."""
-    from surgeon.emit import files
-
-    name = files._sibling
-
-    def first(target: Path, kind: str) -> Path:
-        files._sibling = name
-        park()
-        return name(target, kind)
-
-    files._sibling = first
-
-
-class Parked:
-    """A run that has done all but write, and is forked as often as it is to write."""
-
-    def __init__(self, arguments: tuple[str, ...], place: Path) -> None:
-        asks, self._ask = os.pipe()
-        self._answer, answers = os.pipe()
-
-        def park() -> None:
-            for descriptor in (self._ask, self._answer):
-                os.close(descriptor)
-            while os.read(asks, 1):
-                pid = os.fork()
-                if pid == 0:
-                    return
-                os.write(answers, b"%d\n" % pid)
-                os.write(answers, b"%d\n" % os.waitpid(pid, 0)[1])
-            os._exit(0)
-
-        self._pid = start(arguments, place, park)
-        os.close(asks)
-        os.close(answers)
-        self._lines = os.fdopen(self._answer, "rb", buffering=0)
-
-    def fork(self) -> int:
-        """Lets it write; returns the number of the process that does."""
-        os.write(self._ask, b"x")
-        return int(self._lines.readline())
-
-    def ended(self, seconds: float | None = None) -> int | None:
-        """Returns how the last one ended, None where it still runs after so many seconds."""
-        if not select.select([self._lines], [], [], seconds)[0]:
-            return None
-        return os.waitstatus_to_exitcode(int(self._lines.readline()))
-
-    def close(self) -> None:
-        os.close(self._ask)
-        os.waitpid(self._pid, 0)
-        self._lines.close()
-
-
-def _main() -> int:
-    from surgeon.cli import main
-
-    try:
-        main()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
-
-
-def finish(pid: int, place: Path) -> None:
-    """Waits for a run that must succeed."""
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code:
-        raise RuntimeError(f"exit code {code}: {(place / 'log.txt').read_text()[-2000:]}")
 
 
 # --- what is there -------------------------------------------------------------------------------
@@ -310,6 +207,7 @@ class Command:
         finish(start(self.arguments, self.place), self.place)
 
     def park(self) -> None:
+        self.began = time.perf_counter()
         self.parked = Parked(self.arguments, self.place)
 
     def write(self) -> None:
@@ -318,30 +216,34 @@ class Command:
         if code := self.parked.ended():
             raise RuntimeError(f"exit code {code}: {(self.place / 'log.txt').read_text()[-2000:]}")
 
-    def measure(self) -> tuple[Whole, float]:
-        """Writes again; returns what it leaves, and the seconds that takes."""
+    def measure(self) -> Whole:
+        """Writes again and returns what it leaves."""
         first = digests(self.out)
         shutil.copytree(self.out, self.place / "first")
+        self.write()
+        self.seconds = time.perf_counter() - self.began
         begin = time.perf_counter()
         self.write()
-        seconds, again = time.perf_counter() - begin, digests(self.out)
+        self.writing, again = time.perf_counter() - begin, digests(self.out)
         same = {name: d if d == again.get(name) else None for name, d in first.items()}
         outputs = tuple(sorted({name.split("/")[0] for name in first}))
-        return Whole(outputs, same), seconds
+        return Whole(outputs, same)
 
-    def kill(self, early: bool, seconds: float) -> bool:
+    def kill(self, early: bool) -> bool:
         """Starts a run and kills it; returns whether it was still running."""
         if early:
             pid = start(self.arguments, self.place)
-            time.sleep(self.draw.uniform(0, 2 * seconds))
+            time.sleep(self.draw.uniform(0, self.seconds))
             os.kill(pid, signal.SIGKILL)
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         pid = self.parked.fork()
-        code = self.parked.ended(self.draw.uniform(0, seconds))
-        if code is not None:
-            return False
-        os.kill(pid, signal.SIGKILL)
-        return self.parked.ended() == -signal.SIGKILL
+        code = self.parked.ended(self.draw.uniform(0, self.writing))
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
+            code = self.parked.ended()
+        # How long it takes depends on what else the machine does.
+        self.writing *= 1.2 if code == -signal.SIGKILL else 0.7
+        return code == -signal.SIGKILL
 
     def clear(self) -> None:
         for path in (*self.out.iterdir(), *(self.place / "tmp").iterdir()):
@@ -356,8 +258,7 @@ class Command:
 def inject(command: Command, kills: int, sources: Callable[[], Any]) -> Left:
     """Kills a command so many times; returns what was left."""
     command.park()
-    whole, seconds = command.measure()
-    before, left, number = sources(), Left(), 0
+    whole, before, left, number = command.measure(), sources(), Left(), 0
     while left.kills < kills and number < 5 * kills:
         number += 1
         command.clear()
@@ -366,7 +267,7 @@ def inject(command: Command, kills: int, sources: Callable[[], Any]) -> Left:
             shutil.copytree(command.place / "first", command.out, dirs_exist_ok=True)
             old = digests(command.out)
         nodes = numbers(command.out)
-        if not command.kill(number % 5 == 1, seconds):
+        if not command.kill(number % 5 == 1):
             continue
         left.kills += 1
         what, wrong = judged(command.out, whole, old)

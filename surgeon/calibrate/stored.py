@@ -15,11 +15,10 @@ from surgeon.axes.plan import Plan
 from surgeon.calibrate.gathered import WIDEST, Gathered
 from surgeon.calibrate.gradients import Fisher, Gradients
 from surgeon.calibrate.moments import Moments
-from surgeon.calibrate.routing import Routing
 from surgeon.calibrate.similarity import spans
 from surgeon.errors import Code, SurgeonError, near
 
-Statistic = Literal["moments", "norms", "gradients", "fisher", "similarity", "routing"]
+Statistic = Literal["moments", "norms", "gradients", "fisher", "similarity"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 
 FORMAT = 1
@@ -32,7 +31,6 @@ _NEEDS: Mapping[Statistic, str] = {
     "gradients": "gradients: weights",
     "fisher": "gradients: outputs",
     "similarity": "activations: similarity",
-    "routing": "activations: routing",
 }
 
 _PARTS: Mapping[str, tuple[str, ...]] = {
@@ -40,7 +38,6 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "norms": ("mean", "square"),
     "gradients": ("mean", "square"),
     "fisher": ("second",),
-    "routing": ("sent", "norm"),
 }
 
 
@@ -113,7 +110,6 @@ def _gathered(data: Gathered, kinds: Sequence[Statistic]) -> dict[str, Mapping[s
         "norms": lambda: data.moments(tuple(maps), full=False),
         "gradients": lambda: data.gradients(trained),
         "similarity": lambda: data.similarity(tuple(spans(program, data.axes.branches))),
-        "routing": data.routing,
     }
     wide = [name for name in maps if name not in narrow]
     if "fisher" in kinds and wide:
@@ -180,11 +176,6 @@ class Stored:
         except (TypeError, ValueError, OverflowError) as error:
             raise _damaged(self.path, f"{type(error).__name__}: {error}") from error
 
-    def routing(self) -> Mapping[str, Routing]:
-        """Returns how experts were used."""
-        names = tuple(self._held("routing", ()))
-        return {n: Routing(c, **t) for n, c, t in self._read("routing", names, _PARTS["routing"])}
-
     def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
         """Refuses: a loss takes the model to run on data."""
         raise self._lacks("the loss of a plan", "it takes the model to run on the data")
@@ -232,9 +223,7 @@ class Stored:
         )
 
     def _held(self, kind: str, names: Sequence[str]) -> Mapping[str, Any]:
-        held: Any = self.statistics.get(kind)
-        if held is not None and not isinstance(held, Mapping):
-            raise _damaged(self.path, f"its {kind} are no table")
+        held = self.statistics.get(kind)
         if held is None:
             raise SurgeonError(
                 Code.BAD_OPTION,
@@ -313,7 +302,10 @@ def load(path: str | Path, *, fingerprint: str | None = None) -> Stored:
     try:
         header: dict[str, Any] = json.loads(text)
         version = header.pop("format")
-        statistics = cast(dict[str, dict[str, Any]], header.pop("statistics"))
+        found_in = cast(dict[str, Any], header.pop("statistics"))
+        if not all(isinstance(entries, dict) for entries in found_in.values()):
+            raise TypeError("a statistic is no table of names")
+        statistics = cast(dict[str, dict[str, Any]], found_in)
         named = {
             key
             for kind, parts in _PARTS.items()

@@ -93,7 +93,9 @@ TABLE = {
     ],
     "others": {"h": 8},
     "rest": 0.1,
-    "settings": {},
+    "tokens": 8,
+    "batch": 1,
+    "repeat": 1,
     "device": "cpu",
     "versions": {},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from surgeon.calibrate.gathered import Gathered
 from surgeon.calibrate.parallel import World, join, rank
 from surgeon.ir import to_text
 from surgeon.opening import open_model
+from surgeon.pipeline import prune
 from tests import models
 from tests.command import ROOT
 
@@ -159,6 +161,18 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     for number in (0, 1):
         heard = (tmp_path / f"heard-{number}.txt").read_text()
         assert heard == f"written by 0; {refused}; {fault}"
+
+
+def test_all_but_the_first_process_hear_of_what_it_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned = prune(models.tiny("Llama"), ratio=0.2, verify=False)
+    told = replace(pruned.report, notes=("from the first",)).to_json()
+    monkeypatch.setattr("surgeon.calibrate.parallel.launched", lambda: True)
+    monkeypatch.setattr("surgeon.calibrate.parallel.by_first", lambda what, write: told)
+    report = pruned.save(tmp_path / "o")
+    assert report.notes == ("from the first",) and report.to_json() == told
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_alone_shares_nothing_and_waits_for_nobody() -> None:
