@@ -44,25 +44,24 @@ def tokens(server: Any, text: str) -> list[int]:
 
 
 def written(server: Any, prompt: list[int], new: int, vocab: int) -> dict[str, Any]:
-    """Returns the likeliest tokens after a prompt, and before each all log-probabilities."""
-    found = server.handle_completions(
-        {
-            "prompt": prompt,
-            "n_predict": new,
-            "temperature": 0.0,
-            "n_probs": vocab,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
-    )
-    steps = found["choices"][0]["logprobs"]["content"]
-    rows: list[list[float]] = []
-    for step in steps:
+    """Returns the likeliest tokens after a prompt, and before each all log-probabilities.
+
+    The server is asked for one token at a time: it holds back tokens that end amid a character, and
+    keeps some from being written, but tells the probabilities of all.
+    """
+    ids, rows = list(prompt), list[list[float]]()
+    for _ in range(new):
+        asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": vocab}
+        found = server.handle_completions({**asked, "cache_prompt": False})
+        steps = found["choices"][0]["logprobs"]["content"]
+        if len(steps) != 1:
+            raise SystemExit(f"llama.cpp told of {len(steps)} tokens where one was asked for")
         row = [float("-inf")] * vocab
-        for token in step["top_logprobs"]:
+        for token in steps[0]["top_logprobs"]:
             row[token["id"]] = token["logprob"]
         rows.append(row)
-    return {"written": [step["id"] for step in steps], "logprobs": rows}
+        ids.append(max(range(vocab), key=row.__getitem__))
+    return {"written": ids[len(prompt) :], "logprobs": rows}
 
 
 def main(request: str, answer: str) -> None:
