@@ -8,7 +8,7 @@ process of its own, since it has to be measured in turns.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -54,8 +54,6 @@ class Options(TypedDict, total=False):
     """A folder with further tasks for lm-eval."""
     device: str
     """`auto`, `cuda` or `cpu`."""
-    device_map: str | Mapping[str, Any] | None
-    """How Transformers' checkpoints are shared out among devices: `auto`, or a device by module."""
     threads: int | None
     """Threads of each model while it is timed."""
     trust_remote_code: bool
@@ -137,7 +135,7 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     found: dict[int, Evaluated] = {}
     with scratch() as folder:
         kept = Kept(folder) if len(models) > 1 else None
-        run = _Run(settings, texts, known, kept, tasks, options, world, folder / "offload")
+        run = _Run(settings, texts, known, kept, tasks, options, world)
         for index in (against, *(i for i in range(len(models)) if i != against)):
             found[index] = run.model(models[index], names[index])
             gc.collect()
@@ -150,14 +148,6 @@ def _world(options: Options) -> World:
     """Returns the processes that share the windows."""
     if not launched():
         return World()
-    if options.get("device_map") is not None:
-        raise SurgeonError(
-            Code.BAD_OPTION,
-            "a model is shared out among devices, or windows among processes",
-            at="--device-map",
-            why="every process would share it out among the same devices",
-            try_="one process with --device-map, or several without",
-        )
     from surgeon.runtime.device import choose_torch_device
 
     return join(choose_torch_device(options.get("device", "auto")).name)
@@ -179,13 +169,12 @@ class _Run:
         tasks: Tasks | None,
         options: Options,
         world: World,
-        offload: Path,
     ) -> None:
-        self._world, self._offload = world, offload
+        self._world = world
         self._settings, self._texts, self._known, self._kept = settings, texts, known, kept
         self._tasks, self._options = tasks, options
         self._reference: list[tuple[Windows, int]] = []
-        self._first, self._opened = "", 0
+        self._first = ""
 
     def model(self, model: Any, name: str) -> Evaluated:
         """Returns everything that is measured of a model but its speed."""
@@ -196,10 +185,7 @@ class _Run:
             device=self._options.get("device", "auto"),
             tokenizer=self._options.get("tokenizer"),
             trust_remote_code=self._options.get("trust_remote_code", False),
-            device_map=self._options.get("device_map"),
-            offload=self._offload / str(self._opened),
         )
-        self._opened += 1
         is_first = not self._first
         self._first = self._first or name
         texts: list[Scored] = []
@@ -324,8 +310,6 @@ def _speed(
         return None, ""
     if world.rank != 0:
         return None, "the first process takes the time"
-    if options.get("device_map") is not None:
-        return None, "a model that is shared out among devices is not timed"
     if not all(isinstance(m, str | Path) for m in models):
         return None, "a model in memory has no name by which another process could load it"
     arguments = {

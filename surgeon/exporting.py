@@ -15,7 +15,6 @@ from surgeon.errors import Code, SurgeonError, near, no_weights
 from surgeon.pipeline import Model, open_model, prune, versions
 
 if TYPE_CHECKING:
-    from surgeon.capture.source import Source
     from surgeon.emit.lowbit.scheme import Scheme
     from surgeon.packing import Measuring
     from surgeon.pruned import Report
@@ -119,49 +118,6 @@ def load_to_measure(
     return loaded.float().eval().to(on.name)
 
 
-def load_spread(source: Source, device_map: str | Mapping[str, Any], offload: Path) -> Any:
-    """Returns a checkpoint as Transformers loads it, shared out among devices.
-
-    Weights have the checkpoint's own element type.
-
-    Args:
-        source: a checkpoint folder or a hub id.
-        device_map: `auto`, `balanced`, `balanced_low_0` or `sequential`; or a device for each
-            module: a GPU's number, `cpu` or `disk`.
-        offload: a folder for what is to be on the disk, for as long as the model is used.
-
-    Raises:
-        SurgeonError: `bad-option` where it can't be shared out, or not in this way.
-
-    Reference:
-        Accelerate, "Loading big models into memory": `device_map`.
-    """
-    if source.folder is None or source.weights is None:
-        why = "it is no checkpoint folder of safetensors files"
-        raise _not_spread(source.id, why, "leave --device-map out")
-    model_class: Any = source.model_class
-    try:
-        loaded = model_class.from_pretrained(
-            source.folder, dtype="auto", device_map=device_map, offload_folder=str(offload)
-        )
-    except (ValueError, RuntimeError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise _not_spread(source.id, lines[0][:500], "--device-map auto") from error
-    places = dict.fromkeys(map(str, loaded.hf_device_map.values()))
-    loaded.device_note = f"shared out among {', '.join(places)}"
-    return loaded.eval()
-
-
-def _not_spread(id: str, why: str, try_: str) -> SurgeonError:
-    return SurgeonError(
-        Code.BAD_OPTION,
-        f"{id} can't be shared out among devices",
-        at="--device-map",
-        why=why,
-        try_=try_,
-    )
-
-
 def packed(model: str, *, device: str, trust_remote_code: bool) -> Any:
     """Returns the model of a quantised checkpoint folder, None where it is no such folder.
 
@@ -235,8 +191,6 @@ def quantize(
 def where(model: Any) -> str:
     """Returns on which device a loaded model runs, and why."""
     note = getattr(model, "device_note", "") or getattr(model, "note", "")
-    if getattr(model, "hf_device_map", None):
-        return str(note)
     device = getattr(model, "device", "cpu")
     return f"{device} ({note})" if note else str(device)
 

@@ -59,13 +59,7 @@ def check_name(model: Any, *, trust_remote_code: bool = False) -> None:
 
 
 def open_ready(
-    model: Any,
-    *,
-    device: str = "auto",
-    tokenizer: Any = None,
-    trust_remote_code: bool = False,
-    device_map: Any = None,
-    offload: Path | None = None,
+    model: Any, *, device: str = "auto", tokenizer: Any = None, trust_remote_code: bool = False
 ) -> Ready:
     """Returns a model ready to run, with its figures.
 
@@ -74,8 +68,6 @@ def open_ready(
         device: `auto`, `cuda` or `cpu`.
         tokenizer: for a model that has none beside it.
         trust_remote_code: run modelling code that comes with a checkpoint.
-        device_map: of a checkpoint of Transformers, how it is shared out; see `load_spread`.
-        offload: a folder for what of it is to be on the disk.
 
     Raises:
         SurgeonError: why it can't be opened.
@@ -91,8 +83,7 @@ def open_ready(
     if name and exporting.packing_of(name) is not None:
         module = exporting.packed(name, device=device, trust_remote_code=trust_remote_code)
         return _open_packed(module, Path(name).expanduser(), tokenizer)
-    spread = None if device_map is None or offload is None else (device_map, offload)
-    return _open_source(model, device, tokenizer, trust_remote_code, spread)
+    return _open_source(model, device, tokenizer, trust_remote_code)
 
 
 def _open_graph(name: str, device: str, tokenizer: Any) -> Ready:
@@ -132,9 +123,7 @@ def _open_program(file: Path, device: str, tokenizer: Any) -> Ready:
     return Ready(module, tokenizer_beside(file) or tokenizer, found)
 
 
-def _open_source(
-    model: Any, device: str, tokenizer: Any, trust: bool, spread: tuple[Any, Path] | None
-) -> Ready:
+def _open_source(model: Any, device: str, tokenizer: Any, trust: bool) -> Ready:
     """Opens what Transformers loads; what can't be captured is run all the same."""
     try:
         opened: Model | None = open_model(model, trust_remote_code=trust)
@@ -148,21 +137,13 @@ def _open_source(
 
         assert refusal is not None
         source = resolve(model, trust_remote_code=trust)
-        run = (
-            exporting.load_to_measure(model, device=device, trust_remote_code=trust)
-            if spread is None
-            else exporting.load_spread(source, *spread)
-        )
+        run = exporting.load_to_measure(model, device=device, trust_remote_code=trust)
         found = f.Facts(_kind(source.kind), source.model_class.__name__)
         found = found.without(_reason(refusal), *_DERIVED)
     else:
         source = opened.source
         assert source is not None
-        run = (
-            exporting.load_opened(opened, device=device)
-            if spread is None
-            else exporting.load_spread(source, *spread)
-        )
+        run = exporting.load_opened(opened, device=device)
         architecture = source.model_class.__name__
         found = f.of_program(
             _kind(source.kind), architecture, opened.axes, costs_of(opened), opened.read

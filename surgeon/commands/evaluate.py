@@ -39,13 +39,6 @@ TasksPathOption = Annotated[
     Path | None, typer.Option(help="folder with further tasks as YAML files")
 ]
 LimitOption = Annotated[int | None, typer.Option(help="examples of each task at most")]
-DeviceMapOption = Annotated[
-    str | None,
-    typer.Option(
-        help="share checkpoints out among devices and the disk: auto, balanced, balanced_low_0 or "
-        "sequential, as Accelerate does"
-    ),
-]
 MarkdownOption = Annotated[
     Path | None, typer.Option("--markdown", metavar="FILE", help="write the tables as Markdown")
 ]
@@ -70,7 +63,6 @@ def evaluate(
     tasks_path: TasksPathOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
     as_json: JsonOption = False,
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
@@ -100,7 +92,6 @@ def evaluate(
             tasks_path=tasks_path,
             limit=limit,
             device=device,
-            device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=say,
         )
@@ -139,7 +130,6 @@ def compare(
     tasks_path: TasksPathOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
-    device_map: DeviceMapOption = None,
     as_json: JsonOption = False,
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
@@ -169,7 +159,6 @@ def compare(
             tasks_path=tasks_path,
             limit=limit,
             device=device,
-            device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=say,
         )

@@ -125,8 +125,6 @@ def module_bytes(module: Any) -> int:
     seen: dict[int, int] = {}
     for tensors in (module.parameters(), module.buffers()):
         for tensor in tensors:
-            if tensor.device.type == "meta":
-                continue  # on the disk until it is used
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())

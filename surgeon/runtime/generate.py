@@ -11,7 +11,7 @@ import numpy as np
 
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.decoder import Decoder
-from surgeon.runtime.logits import is_transformers, logits_of, place_of, positions_of
+from surgeon.runtime.logits import is_transformers, logits_of, positions_of
 from surgeon.runtime.sampling import GREEDY, Sampler, Sampling, bad_option
 from surgeon.runtime.text import TextStream
 
@@ -314,13 +314,12 @@ def _with_transformers(
     for row, tokens in enumerate(rows):
         batch[row, longest - len(tokens) :] = torch.tensor(tokens)
         mask[row, longest - len(tokens) :] = 1
-    place = torch.device(place_of(model))
-    cuda = [place] if place.type == "cuda" else []
+    cuda = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.inference_mode():
         torch.manual_seed(sampling.seed)
         model.generate(
-            batch.to(place),
-            attention_mask=mask.to(place),
+            batch.to(model.device),
+            attention_mask=mask.to(model.device),
             generation_config=config,
             streamer=_Streamer(stops, len(rows), take),
         )

@@ -51,14 +51,6 @@ def is_transformers(model: Any) -> bool:
     return hasattr(model, "generate") and hasattr(model, "config")
 
 
-def place_of(model: Any) -> Any:
-    """Returns the device that a Transformers model takes its inputs on.
-
-    One that is shared out among devices takes them anywhere, and its first weight may be on none.
-    """
-    return "cpu" if getattr(model, "hf_device_map", None) else model.device
-
-
 def positions_of(model: Any) -> int | None:
     """Returns how many positions the model says it was made for, or None if it doesn't say."""
     if isinstance(model, OrtSession | Decoder):
@@ -87,7 +79,7 @@ def _from_transformers(model: Any) -> Logits:
                 try_="model.eval()",
             )
         with torch.inference_mode():
-            return model(torch.from_numpy(ids).to(place_of(model)), use_cache=False).logits
+            return model(torch.from_numpy(ids).to(model.device), use_cache=False).logits
 
     return run
 
