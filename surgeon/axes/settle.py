@@ -19,6 +19,8 @@ MIXING = ("contract", "normalise", "index", "scan")
 """Uses that bring together what belongs to different indices of an axis."""
 TOGETHER = ("aten.mean.dim", "aten.sum.dim_IntList")
 """Operations that mix several dimensions as if they were one."""
+FACTS = ("repeated", "paired", "places")
+"""Tags that are no roles by themselves."""
 ROLE_ORDER = (
     "positions",
     "hidden",
@@ -33,6 +35,8 @@ ROLE_ORDER = (
     "experts",
     "ffn",
     "rank",
+    "channels",
+    "kernel",
 )
 
 
@@ -235,7 +239,7 @@ class _Settler:
 
     def _roles(self) -> dict[int, str]:
         found: dict[int, set[str]] = {}
-        tagged: dict[str, set[int]] = {"repeated": set(), "paired": set()}
+        tagged: dict[str, set[int]] = {k: set() for k in FACTS}
         for expr, tag in self.facts.tags:
             if tag in tagged:
                 tagged[tag].update(leaves(self.resolved(expr)))
@@ -256,7 +260,8 @@ class _Settler:
         for branch in self.branches:
             value = self.program.ops[branch.add].outputs[0]
             for atom in leaves(self.dims["%" + value][-1]):
-                found.setdefault(atom, set()).add("hidden")
+                if atom not in tagged["places"]:
+                    found.setdefault(atom, set()).add("hidden")
         # Logits are over the vocabulary where tokens come in through an embedding.
         logits = self.program.outputs if any("vocab" in roles for roles in found.values()) else ()
         for name in logits:

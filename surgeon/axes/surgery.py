@@ -8,7 +8,7 @@ from dataclasses import replace
 from surgeon.axes.axes import Axes
 from surgeon.axes.factors import factored
 from surgeon.axes.plan import Plan, Selection
-from surgeon.axes.space import Expr, Extent, Sum
+from surgeon.axes.space import Expr, Extent, Sum, leaves
 from surgeon.ir.program import (
     Arg,
     Op,
@@ -19,6 +19,7 @@ from surgeon.ir.program import (
     TensorType,
     substitute_op,
 )
+from surgeon.ops.reduce import AVERAGED
 from surgeon.ops.rule import rules
 
 
@@ -144,8 +145,18 @@ def operate(axes: Axes, plan: Plan) -> Program:
     return factored(whole, selection)
 
 
+def centred(axes: Axes, expr: Expr) -> bool:
+    """Whether an axis of an expression is averaged over where masked channels don't vanish."""
+    found = (axes.numbered[a] for a in leaves(expr) if a in axes.numbered)
+    return any(reason.why == AVERAGED for axis in found for reason in axis.inexact)
+
+
 def share_of(axes: Axes, selection: Selection, index: int, op: Op) -> float:
-    """Returns kept/all of what an averaging operation averages over, 1 for any other."""
+    """Returns kept/all of what an averaging operation averages over, 1 for any other.
+
+    It is 1, too, for an axis that is centred before it is averaged: like LayerNorm, that sees the
+    channels that are there.
+    """
     if op.target != "aten.mean.dim":
         return 1.0
     x = op.arg(0)
@@ -160,7 +171,7 @@ def share_of(axes: Axes, selection: Selection, index: int, op: Op) -> float:
     kept = total = 1
     for d in picked:
         for factor in exprs[d]:
-            if selection.touches((factor,)):
+            if selection.touches((factor,)) and not centred(axes, (factor,)):
                 kept *= selection.width((factor,))
                 total *= selection.full_width((factor,))
     return kept / total

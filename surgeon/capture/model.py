@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import Dim, ExportedProgram
 
 from surgeon.capture.attention import NAME, register
 from surgeon.capture.experts import register_experts
 from surgeon.capture.exported import DTYPES, read, renumbered
 from surgeon.capture.repeat import Layers, expand, find_layers, short_circuit
+from surgeon.capture.tables import with_tables
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Param, Program, TensorType, verify
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 LONGEST = 1 << 20
+SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
 
 
 class _Causal(nn.Module):
@@ -74,12 +77,26 @@ def all_params(model: nn.Module) -> dict[str, Param]:
 
 
 def _longest(config: Any) -> int:
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 8 else LONGEST
+    for name in ("max_position_embeddings", "max_seq_len"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 8:
+            return limit
+    return LONGEST
 
 
 def _export(model: nn.Module, config: Any, dynamic: bool) -> ExportedProgram:
-    batch, seq = Dim("batch"), Dim("seq", max=_longest(config))
+    longest = _longest(config)
+    try:
+        return _exported(model, dynamic, longest)
+    except UserError as error:
+        # A model that pads or cuts at its longest input is of one kind for all that are shorter.
+        if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION or longest == LONGEST:
+            raise
+        return _exported(model, dynamic, longest - 1)
+
+
+def _exported(model: nn.Module, dynamic: bool, longest: int) -> ExportedProgram:
+    batch, seq = Dim("batch"), Dim("seq", max=longest)
     shape = (2, 7)
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     mask = torch.ones(shape, dtype=torch.long, device="meta")
@@ -212,14 +229,40 @@ def capture_model(
     meta_config._experts_implementation = register_experts()
     where = f"{type(model).__name__}"
     try:
-        with _static_rope(meta) as guards:
-            captured = _captured(meta, config, repeat, dynamic)
+        captured, guards = _attempt(meta, config, repeat, dynamic)
     except SurgeonError:
         raise
     except Exception as error:
         raise _failure(where, error) from error
     program = replace(captured.program, guards=(*captured.program.guards, *guards))
-    return Captured(verify(program), captured.constants)
+    program, tables = with_tables(program)
+    return Captured(verify(program), {**captured.constants, **tables})
+
+
+def _attempt(
+    meta: nn.Module, config: Any, repeat: bool, dynamic: bool
+) -> tuple[Captured, list[str]]:
+    """Traces with the attention that is set, or with the model's own where it doesn't use that.
+
+    A model may say that it takes its attention from the interface and yet make its own mask.
+    """
+    own: Any = meta.config
+    ours = getattr(own, "_attn_implementation", None) == NAME
+    try:
+        with _static_rope(meta) as guards:
+            found = _captured(meta, config, repeat, dynamic)
+        targets = {op.target for op in found.program.ops}
+        if not ours or "surgeon.attention" in targets or not targets & set(SOFTMAX):
+            return found, guards
+    except Exception:  # whatever our mask breaks in the model's own code; the next one counts
+        if not ours:
+            raise
+    plain = on_meta(meta).eval()
+    settings: Any = plain.config
+    settings._attn_implementation = "eager"
+    settings._experts_implementation = register_experts()
+    with _static_rope(plain) as guards:
+        return _captured(plain, config, repeat, dynamic), guards
 
 
 def supports_interface(model: nn.Module) -> bool:
@@ -271,8 +314,11 @@ def _shortened(
     persistent: frozenset[str],
     dynamic: bool,
 ) -> Captured | None:
-    with short_circuit(layers, modules):
-        exported = _export(meta, config, dynamic)
+    try:
+        with short_circuit(layers, modules):
+            exported = _export(meta, config, dynamic)
+    except (IndexError, KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+        return None  # what stands in for a layer is not all that the model wants of it
     if layers.log:
         return None  # a layer computes with its own index: every layer is of a kind of its own
     names = _names(dynamic)
@@ -308,4 +354,5 @@ def capture_module(
 def capture_exported(exported: ExportedProgram) -> Captured:
     """Returns the program of a `torch.export` graph."""
     program, constants = read(exported)
-    return Captured(verify(program), constants)
+    program, tables = with_tables(program)
+    return Captured(verify(program), {**constants, **tables})

@@ -107,6 +107,7 @@ class Layers:
     representative: dict[str, str] = field(default_factory=dict[str, str])
     numbers: dict[str, Numbers] = field(default_factory=dict[str, Numbers])
     log: set[int] = field(default_factory=set[int])
+    rest: dict[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
     plain: bool = True
 
     @property
@@ -154,7 +155,7 @@ def short_circuit(layers: Layers, modules: Mapping[str, nn.Module]) -> Generator
             undo.append(_mark_ends(layers, module, path))
             undo.append(_watch_index(layers, module, path))
         else:
-            module.__dict__["forward"] = _Skip(path)
+            module.__dict__["forward"] = _Skip(path, layers)
             undo.append(lambda module=module: module.__dict__.pop("forward"))
     try:
         yield
@@ -164,12 +165,14 @@ def short_circuit(layers: Layers, modules: Mapping[str, nn.Module]) -> Generator
 
 
 class _Skip:
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, layers: Layers) -> None:
+        self.path, self.layers = path, layers
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
-        return torch.ops.surgeon.layer_skip(x, self.path)
+        out = torch.ops.surgeon.layer_skip(x, self.path)
+        rest = self.layers.rest.get(self.layers.representative[self.path])
+        return out if rest is None else (out, *rest)
 
 
 def _mark_ends(layers: Layers, module: nn.Module, path: str) -> Any:
@@ -185,6 +188,10 @@ def _mark_ends(layers: Layers, module: nn.Module, path: str) -> Any:
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
             return torch.ops.surgeon.layer_out(output, path)
+        if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
+            # What comes beside the states, such as attention weights, nobody may need.
+            layers.rest[path] = tuple(None for _ in output[1:])
+            return torch.ops.surgeon.layer_out(output[0], path), *output[1:]
         layers.plain = False
         return output
 
@@ -301,7 +308,9 @@ def expand(program: Program, layers: Layers, full: Mapping[str, Param]) -> Progr
                     return now(Ref(rename.get(arg.name, arg.name)))
                 if isinstance(arg, ParamRef):
                     name = _swap(arg.name, first, path)
-                    return ParamRef(alias_of.get(name, name))
+                    # A literal that the layer's source makes is named after the traced layer.
+                    known = name in alias_of or name in full
+                    return ParamRef(alias_of.get(name, name) if known else arg.name)
                 return arg
 
             for inner in body.ops:

@@ -52,6 +52,8 @@ def table_ratios(
     theirs = computed_buffers(candidate.model_class, candidate.config)
     out: dict[str, float] = {}
     for p in axes.program.params:
+        if p.kind == "constant" and p.name not in gone and selection.cuts_into(p.name):
+            raise Refused(f"it makes {p.name} itself, whatever was removed")
         if p.kind != "computed" or p.name in gone:
             continue
         want = removed(selection, p.name, buffers[p.name])

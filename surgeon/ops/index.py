@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgeon.ir.program import Arg, Op, ParamRef, Ref
-from surgeon.ops.rule import Atoms, Context, Flow, Gauge, Rebuild, rule, vanishing, wherever
+from surgeon.ops.rule import (
+    Atoms,
+    Context,
+    Flow,
+    Gauge,
+    Rebuild,
+    axis_of,
+    rule,
+    vanishing,
+    wherever,
+)
 
 INDEXED = "rows are picked by numbers that come from data"
 
@@ -79,3 +89,24 @@ def index(c: Context) -> None:
         for k in range(1, len(dims) + 1):
             if sizes[-k] != 1 or shape[-k] == 1:
                 c.equate(dims[-k], picked[-k])
+
+
+def _select_vanish(f: Flow) -> Atoms:
+    x = f.op.arg(0)
+    dim = axis_of(f.op.arg(1), f.rank(x))
+    return wherever(f, [Atoms() if d == dim else vanishing(f, x, d) for d in range(f.rank(x))])
+
+
+@rule("aten.index_select.default", vanish=_select_vanish)
+def index_select(c: Context) -> None:
+    """Picks along one dimension by a list of numbers."""
+    x, given, out = c.dims(c.op.arg(0)), c.dims(c.op.arg(2)), c.out()
+    dim = axis_of(c.op.arg(1), len(x))
+    for i, (a, b) in enumerate(zip(x, out, strict=True)):
+        if i == dim:
+            c.pin(a, INDEXED)
+            c.use(a, "index", Gauge.FIXED)
+            c.equate(b, given[0] if given else b)
+        else:
+            c.equate(a, b)
+            c.use(b, "produce" if isinstance(c.op.arg(0), ParamRef) else "map", Gauge.ANY)

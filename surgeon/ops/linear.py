@@ -6,7 +6,7 @@ from surgeon.ir.program import Arg, Op, ParamRef, Ref
 from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule, vanishing, wherever
 
 SOFTMAX = ("aten.softmax.int", "aten._softmax.default")
-PRODUCTS = ("aten.matmul.default", "aten.bmm.default")
+PRODUCTS = ("aten.matmul.default", "aten.bmm.default", "aten.baddbmm.default")
 MAPS = tuple(
     f"aten.{name}"
     for name in (
@@ -124,12 +124,13 @@ def matmul(c: Context) -> None:
         c.use(dim, "batch", Gauge.ANY)
     scores = spelled_attention(c)
     if scores is not None:
-        q, k = c.dims(scores.arg(0)), c.dims(scores.arg(1))
+        q, k = (c.dims(arg) for arg in _factors(scores))
         c.tag(q[-1], "qk")
         c.tag(b[-1], "v")
-        for dim in q[1:-2]:
+        # Of three dimensions the first is the batch times the heads.
+        for dim in q[1:-2] or q[:1]:
             c.tag(dim, "q_heads")
-        for dim in k[1:-2]:
+        for dim in k[1:-2] or k[:1]:
             c.tag(dim, "kv_heads")
 
 
@@ -143,6 +144,41 @@ def _is_weight(c: Context, arg: Arg) -> bool:
     return isinstance(arg, ParamRef)
 
 
+def _factors(product: Op) -> tuple[Arg, Arg]:
+    """Returns what a matrix product multiplies."""
+    first = 1 if product.target == "aten.baddbmm.default" else 0
+    return product.arg(first), product.arg(first + 1)
+
+
+def _baddbmm_vanish(f: Flow) -> Atoms:
+    plus, a, b = f.op.arg(0), f.op.arg(1), f.op.arg(2)
+    contracted(f, f.at(a, -1), a, b)
+    found = (
+        vanishing(f, a, 0) | vanishing(f, b, 0),
+        vanishing(f, a, -2),
+        vanishing(f, b, -1),
+    )
+    if f.op.kwarg("beta") == 0:
+        return wherever(f, found)
+    return wherever(f, [z & vanishing(f, plus, d - 3) for d, z in enumerate(found)])
+
+
+@rule("aten.baddbmm.default", vanish=_baddbmm_vanish)
+def baddbmm(c: Context) -> None:
+    """Couples something plus a product of batched matrices: left columns with right rows."""
+    plus, a, b = (c.dims(c.op.arg(i)) for i in range(3))
+    out, shape = c.out(), c.shape(c.op.arg(0))
+    c.equate(a[-1], b[-2])
+    for given, found in zip((a[0], b[0], a[1], b[2]), (out[0], out[0], *out[1:]), strict=True):
+        c.equate(given, found)
+    for k in range(1, len(plus) + 1):
+        if shape[-k] != 1 or c.op.types[0].shape[-k] == 1:
+            c.equate(plus[-k], out[-k])
+    c.use(a[-1], "contract", Gauge.ANY)
+    for dim in out:
+        c.use(dim, "batch", Gauge.PERMUTATION)
+
+
 def spelled_attention(c: Context) -> Op | None:
     """Returns the product of queries and keys, if this one weighs values by its softmax.
 
@@ -151,9 +187,11 @@ def spelled_attention(c: Context) -> Op | None:
     """
     softmax = _upstream(c, c.op.arg(0), SOFTMAX)
     scores = _upstream(c, softmax.arg(0), PRODUCTS) if softmax else None
-    if scores is None or not all(isinstance(a, Ref) for a in scores.args[:2]):
+    if scores is None or not all(isinstance(a, Ref) for a in _factors(scores)):
         return None
-    return scores if len(c.dims(scores.arg(0))) == len(c.out()) > 2 else None
+    rank = len(c.dims(_factors(scores)[0]))
+    # Heads may be folded into the batch for one of the two products.
+    return scores if rank > 2 and len(c.out()) > 2 else None
 
 
 def _upstream(c: Context, arg: Arg, wanted: tuple[str, ...]) -> Op | None:

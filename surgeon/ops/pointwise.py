@@ -11,7 +11,18 @@ LINEAR = ("neg", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "d
 """Maps that any change of basis passes through."""
 ODD = ("tanh", "sin", "erf", "sign", "asinh", "atan")
 """Maps with f(-x) = -f(x)."""
-ZERO_KEEPING = ("silu", "gelu", "relu", "relu6", "leaky_relu", "abs", "sqrt", "square", "mish")
+ZERO_KEEPING = (
+    "silu",
+    "gelu",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "abs",
+    "sqrt",
+    "square",
+    "mish",
+    "hardswish",
+)
 NOT_ZERO_KEEPING = (
     *("cos", "exp", "sigmoid", "softplus", "logical_not", "bitwise_not", "isnan", "isinf"),
 )
@@ -282,7 +293,10 @@ rule(
 rule("aten.pow.Tensor_Tensor", vanish=_power_of_vanish)(_pointwise)
 rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", vanish=_filled_vanish)(_pointwise)
 rule("aten.clamp.default", vanish=_clamp_vanish)(_pointwise)
-rule("aten.maximum.default", "aten.minimum.default", vanish=_every_vanish)(_pointwise)
+rule(
+    *("aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other"),
+    vanish=_every_vanish,
+)(_pointwise)
 rule("aten.where.self", "aten.where.ScalarOther", vanish=_selected_vanish)(_pointwise)
 
 

@@ -17,6 +17,9 @@ from surgeon.ops.rule import (
     wherever,
 )
 
+AVERAGED = "it is averaged over, and masked channels don't vanish there"
+"""Why no share of kept channels makes an average over an axis what it was."""
+
 
 def _dims(given: Arg, rank: int) -> list[int]:
     if given is None or given == ():
@@ -42,7 +45,7 @@ def _keep_rest(c: Context, reduced: list[int], keepdim: bool) -> None:
 def _mean_vanish(f: Flow) -> Atoms:
     x = f.op.arg(0)
     over = _over(f, f.op.arg(1))
-    f.inexact(over - f.zero(x), "it is averaged over, and masked channels don't vanish there")
+    f.inexact(over - f.zero(x), AVERAGED)
     f.normalised(over & f.zero(x))
     return f.zero(x) - over
 

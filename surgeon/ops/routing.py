@@ -87,7 +87,7 @@ def _others(c: Context, dim: int, given: tuple[Expr, ...], shapes: tuple[Arg, Ar
         if i != dim and left[i] == right[i]:
             c.equate(given[i], expr)
         elif i != dim:
-            c.pin(given[i], INDEXED)
+            c.pin(given[i], "only some of it is picked from")
 
 
 @rule("aten.gather.default", vanish=_nowhere)

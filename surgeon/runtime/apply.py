@@ -10,6 +10,8 @@ import torch
 from surgeon.axes.axes import Axes
 from surgeon.axes.plan import Selection
 from surgeon.axes.space import leaves
+from surgeon.axes.surgery import centred
+from surgeon.ir.program import Op, ParamRef, Ref
 from surgeon.runtime.routing import kept_choices
 
 Get = Callable[[str], torch.Tensor]
@@ -96,6 +98,23 @@ def kept_rms_norm(kept: torch.Tensor) -> Normaliser:
     return norm
 
 
+def kept_mean(kept: torch.Tensor) -> Normaliser:
+    """Returns the average in full shape over kept channels only.
+
+    Args:
+        kept: ones and zeros, of as many dimensions as what is averaged, 1 where it isn't.
+    """
+    count = float(kept.sum())
+
+    def mean(
+        x: torch.Tensor, dims: list[int], keepdim: bool = False, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        x = x if dtype is None else x.to(dtype)
+        return (x * kept.to(x.device)).sum(dims, keepdim=keepdim) / count
+
+    return mean
+
+
 _KEPT_ONLY = {
     "aten.layer_norm.default": kept_layer_norm,
     "aten.rms_norm.default": kept_rms_norm,
@@ -114,6 +133,11 @@ def kept_only(
     """
     out: dict[int, Normaliser] = kept_choices(axes, selection, program_ops)
     for op in axes.program.ops:
+        if op.target == "aten.mean.dim" and op.outputs[0] in program_ops:
+            found = _kept_average(axes, selection, op)
+            if found is not None:
+                out[program_ops[op.outputs[0]]] = found
+            continue
         make = _KEPT_ONLY.get(op.target)
         index = program_ops.get(op.outputs[0])
         shape = op.arg(1)
@@ -127,3 +151,24 @@ def kept_only(
         kept[torch.from_numpy(selection.indices(tuple(f for e in exprs for f in e)))] = 1.0
         out[index] = make(kept.reshape(sizes))
     return out
+
+
+def _kept_average(axes: Axes, selection: Selection, op: Op) -> Normaliser | None:
+    """Returns an average that sees kept channels only; None where it is scaled by their share."""
+    x, dims = op.arg(0), op.arg(1)
+    assert isinstance(x, Ref | ParamRef)
+    exprs = axes.dims[("%" if isinstance(x, Ref) else "$") + x.name]
+    if not isinstance(dims, tuple):
+        return None
+    over = sorted(d % len(exprs) for d in dims if isinstance(d, int))
+    whole = tuple(f for d in over for f in exprs[d])
+    if not selection.touches(whole) or not centred(axes, whole):
+        return None
+    sizes = [axes.program.type_of(x).shape[d] for d in over]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if len(numbers) != len(sizes):
+        return None
+    kept = torch.zeros(prod(numbers))
+    kept[torch.from_numpy(selection.indices(whole))] = 1.0
+    shape = [numbers[over.index(d)] if d in over else 1 for d in range(len(exprs))]
+    return kept_mean(kept.reshape(shape))

@@ -1,0 +1,25 @@
+"""Decoders that need more of the capture than the recorded ones do."""
+
+from __future__ import annotations
+
+import pytest
+
+from surgeon.axes import analyse
+from surgeon.capture.model import capture_model
+from surgeon.ir import to_text
+from tests import families
+
+pytestmark = pytest.mark.zoo
+
+
+def test_layers_that_return_several_values_and_mask_by_themselves_are_captured_and_repeated():
+    model = families.decoder("Bloom")
+    captured = capture_model(model, dynamic=False)
+    whole = capture_model(model, dynamic=False, repeat=False)
+    assert to_text(captured.program) == to_text(whole.program)
+    axes = analyse(captured.program)
+    # Biases that grow with distance have a slope for each head, which goes with the head.
+    (table,) = (p.name for p in captured.program.params if p.kind == "constant")
+    heads = [a for a in axes.axes if (table, 0) in axes.carriers(a) or a.role == "kv_heads"]
+    assert heads and all(a.prunable for a in heads)
+    assert {"hidden", "kv_heads", "qk", "ffn"} <= {a.role for a in axes.axes if a.prunable}
