@@ -260,6 +260,7 @@ def _attempt(
     plain = on_meta(meta).eval()
     settings: Any = plain.config
     settings._attn_implementation = "eager"
+    settings._experts_implementation = register_experts()
     with _static_rope(plain) as guards:
         return _captured(plain, config, repeat, dynamic), guards
 

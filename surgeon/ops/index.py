@@ -91,24 +91,6 @@ def index(c: Context) -> None:
                 c.equate(dims[-k], picked[-k])
 
 
-@rule("aten.gather.default", vanish=lambda f: frozenset())
-def gather(c: Context) -> None:
-    """Picks along one dimension, place by place of the others."""
-    x, given, out = c.dims(c.op.arg(0)), c.dims(c.op.arg(2)), c.out()
-    dim = axis_of(c.op.arg(1), len(x)) if x else 0
-    sizes = c.shape(c.op.arg(0))
-    for i, (a, b, picked) in enumerate(zip(x, given, out, strict=True)):
-        c.equate(b, picked)
-        if i == dim:
-            c.pin(a, INDEXED)
-            c.use(a, "index", Gauge.FIXED)
-        elif sizes[i] == c.op.types[0].shape[i]:
-            c.equate(a, picked)
-        else:
-            c.pin(a, "only some of it is picked from")
-            c.pin(picked, "only some of it is picked from")
-
-
 def _select_vanish(f: Flow) -> Atoms:
     x = f.op.arg(0)
     dim = axis_of(f.op.arg(1), f.rank(x))
