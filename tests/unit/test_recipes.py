@@ -140,7 +140,7 @@ def test_from_a_path_a_mapping_a_name_or_a_recipe(tmp_path: Path) -> None:
         ("vocabulary: {corpus: x, coverage: 2}", "vocabulary.coverage", "less", "frequent"),
         ("vocabulary: {corpus: x, keep: 9, coverage: 1.0}", "vocabulary", "both say", "corpus"),
         ("seed: -1", "seed", "greater", "random"),
-        ("target: 3", "target", "string", "graph target"),
+        ("target: 3", "target", "string", "`onnx` or `pt2`"),
         ("about: 2020-01-01", "about", "string", "good for"),
     ],
 )
