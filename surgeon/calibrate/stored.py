@@ -15,10 +15,11 @@ from surgeon.axes.plan import Plan
 from surgeon.calibrate.gathered import WIDEST, Gathered
 from surgeon.calibrate.gradients import Fisher, Gradients
 from surgeon.calibrate.moments import Moments
+from surgeon.calibrate.routing import Routing
 from surgeon.calibrate.similarity import spans
 from surgeon.errors import Code, SurgeonError, near
 
-Statistic = Literal["moments", "norms", "gradients", "fisher", "similarity"]
+Statistic = Literal["moments", "norms", "gradients", "fisher", "similarity", "routing"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 
 FORMAT = 1
@@ -31,6 +32,7 @@ _NEEDS: Mapping[Statistic, str] = {
     "gradients": "gradients: weights",
     "fisher": "gradients: outputs",
     "similarity": "activations: similarity",
+    "routing": "activations: routing",
 }
 
 _PARTS: Mapping[str, tuple[str, ...]] = {
@@ -38,6 +40,7 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "norms": ("mean", "square"),
     "gradients": ("mean", "square"),
     "fisher": ("second",),
+    "routing": ("sent", "norm"),
 }
 
 
@@ -110,6 +113,7 @@ def _gathered(data: Gathered, kinds: Sequence[Statistic]) -> dict[str, Mapping[s
         "norms": lambda: data.moments(tuple(maps), full=False),
         "gradients": lambda: data.gradients(trained),
         "similarity": lambda: data.similarity(tuple(spans(program, data.axes.branches))),
+        "routing": data.routing,
     }
     wide = [name for name in maps if name not in narrow]
     if "fisher" in kinds and wide:
@@ -175,6 +179,11 @@ class Stored:
             return {name: float(held[name]) for name in branches}
         except (TypeError, ValueError, OverflowError) as error:
             raise _damaged(self.path, f"{type(error).__name__}: {error}") from error
+
+    def routing(self) -> Mapping[str, Routing]:
+        """Returns how experts were used."""
+        names = tuple(self._held("routing", ()))
+        return {n: Routing(c, **t) for n, c, t in self._read("routing", names, _PARTS["routing"])}
 
     def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
         """Refuses: a loss takes the model to run on data."""
