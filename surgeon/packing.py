@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.emit import huggingface as hf
+from surgeon.emit import hf_writing
 from surgeon.emit.files import output_folder
 from surgeon.emit.lowbit import write as low
 from surgeon.emit.lowbit.scheme import Scheme
@@ -100,7 +100,7 @@ def save(
     source, own = pruned.origin.source, pruned.origin.dtype
     assert source is not None
     dtype = main_dtype(pruned, pruned.emission)
-    emission = hf.with_dtype(pruned.emission, dtype)
+    emission = hf_writing.with_dtype(pruned.emission, dtype)
     text = None if measure is None else read_text(measure.text)
     before = sum(own(name).itemsize * prod(pruned.selection.shape(name)) for name in emission.names)
     score = _scorer(pruned, text, measure)

@@ -18,9 +18,11 @@ from surgeon.axes.renumber import MAP_FILE
 from surgeon.capture.configs import config_and_class, quantised, read_config
 from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights, computable, same_bits, stored_tensors
+from surgeon.emit import hf_writing
 from surgeon.emit import huggingface as hf
-from surgeon.emit.files import TensorSpec, output_folder, write_safetensors_file
+from surgeon.emit.files import output_folder
 from surgeon.emit.hf_config import VLLM_TYPE
+from surgeon.emit.safetensors_file import TensorSpec, write_safetensors_file
 from surgeon.emit.target import TRANSFORMERS, find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report import verify as v
@@ -131,13 +133,13 @@ def _checkpoint(pruned: Pruned, folder: Path, *, verify: bool) -> Form:
     assert pruned.source is not None
     emission, source = pruned.emission, pruned.source
     dtype = main_dtype(pruned, emission)
-    emission = hf.with_dtype(emission, dtype)
+    emission = hf_writing.with_dtype(emission, dtype)
     if verify and not pruned.fits:
         from surgeon.spotting import check_room
 
         check_room(pruned)
     start = time.perf_counter()
-    hf.write(
+    hf_writing.write(
         folder,
         emission,
         pruned.selection,
@@ -334,7 +336,7 @@ def verify_folder(
     state = dict(loaded.state_dict())
     with torch.no_grad():
         for old, new in emission.names.items():
-            state[new].copy_(hf.final(emission, selection, pruned.full, old, torch.float32))
+            state[new].copy_(hf_writing.final(emission, selection, pruned.full, old, torch.float32))
     found = v.check(v.transformers_forward(loaded), forward, inputs, pruned.axes, pruned.plan)
     return replace(found, rounded=True, cast=max(d.largest for d in found_cast))
 
@@ -343,7 +345,7 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
     stored = SafetensorsWeights(folder)
     emission = pruned.emission
     for old, new in emission.names.items():
-        want = hf.final(emission, pruned.selection, pruned.full, old, pruned.dtype(old))
+        want = hf_writing.final(emission, pruned.selection, pruned.full, old, pruned.dtype(old))
         if new not in stored or not same_bits(stored[new], want):
             raise SurgeonError(
                 Code.VERIFY_FAILED,
@@ -433,6 +435,6 @@ def _graph(pruned: Pruned, name: str, folder: Path, *, verify: bool) -> Form:
     file = folder / f"model{target.suffix}"
     target.write(pruned.program, pruned.tensor, file, check=verify)
     if source is not None:
-        hf.carry(folder, source.tokenizer_files, source.tokenizer)
+        hf_writing.carry(folder, source.tokenizer_files, source.tokenizer)
     size = sum(f.stat().st_size for f in folder.glob("model*"))
     return Form({"name": target.name, "bytes": size, "dtype": "float32"}, (), checked, {})

@@ -12,7 +12,8 @@ from surgeon.capture.blocks import Reader, extent, spans, stream
 from surgeon.capture.model import capture_model
 from surgeon.capture.source import resolve
 from surgeon.capture.weights import Weights, same_bits
-from surgeon.emit import huggingface as hf
+from surgeon.emit import hf_writing
+from surgeon.emit.pieces import full_shape
 from surgeon.errors import Code, SurgeonError
 from surgeon.report.spots import Side, check_layers, masked_program, needed
 from surgeon.report.verify import Verification
@@ -51,7 +52,7 @@ def verify_layers(pruned: Pruned, folder: Path, *, trust_remote_code: bool = Fal
     def dense(name: str) -> torch.Tensor:
         if name in pruned.origin.fixed:
             return masked(pruned.selection, name, pruned.full(name))
-        full = hf.full_shape(pruned.selection, name)
+        full = full_shape(pruned.selection, name)
         wide = _wide(pruned.blocks, name, full, pruned.dtype(name), block)
         return masked(pruned.selection, name, wide)
 
@@ -64,7 +65,7 @@ def verify_layers(pruned: Pruned, folder: Path, *, trust_remote_code: bool = Fal
         dtype = stored.dtype(name)
         if old is None or not _rounded(pruned, old, dtype):
             return _wide(stored.blocks, name, stored.shape(name), dtype, block)
-        want = hf.final(pruned.emission, pruned.selection, pruned.full, old, torch.float32)
+        want = hf_writing.final(pruned.emission, pruned.selection, pruned.full, old, torch.float32)
         if dtype != pruned.dtype(old) or not same_bits(stored[name], want.to(dtype)):
             raise SurgeonError(
                 Code.VERIFY_FAILED,

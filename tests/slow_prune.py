@@ -14,7 +14,7 @@ from typing import Any
 
 import surgeon.saving as saving
 from surgeon.cli import main
-from surgeon.emit import files, huggingface
+from surgeon.emit import files, hf_writing
 
 # Each run is forked from a server that has imported all it needs: that takes seconds, forking none.
 CONTEXT = get_context("forkserver")
@@ -37,7 +37,7 @@ def run(pipe: Connection, args: tuple[str, ...]) -> None:
 
         return run
 
-    huggingface.final = stepped("a tensor", huggingface.final)
+    hf_writing.pieces = stepped("a tensor", hf_writing.pieces)
     for name in ("_sync", "_swap", "_sync_tree"):
         setattr(files, name, stepped(name, getattr(files, name)))
     for name in ("rename", "write_text"):

@@ -67,7 +67,8 @@ def save(
         SurgeonError: `bad-output`, `disk-full`, or why something can't be gathered.
     """
     from surgeon.capture.exported import DTYPES
-    from surgeon.emit.files import TensorSpec, output_file, write_safetensors_file
+    from surgeon.emit.files import output_file
+    from surgeon.emit.safetensors_file import TensorSpec, write_safetensors_file
 
     index: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}

@@ -20,6 +20,7 @@ from surgeon.axes.axes import Axes
 from surgeon.axes.fold import Fold
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.axes.space import leaves
+from surgeon.emit import hf_writing
 from surgeon.emit import huggingface as hf
 from surgeon.emit.hf_config import PACKAGED, PER_LAYER_FAMILIES, Biases, family
 from surgeon.emit.layers import LayerShape
@@ -90,7 +91,7 @@ class Decoder:
 
     def tensor(self, get: Get, old: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Returns a tensor as the format is to hold it, by its name in the source."""
-        return hf.final(self.emission, self.selection, get, old, dtype)
+        return hf_writing.final(self.emission, self.selection, get, old, dtype)
 
 
 @dataclass(frozen=True)

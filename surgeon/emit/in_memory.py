@@ -10,7 +10,8 @@ import torch
 
 from surgeon.axes.plan import Selection
 from surgeon.capture.model import all_params
-from surgeon.emit.huggingface import Emission, final
+from surgeon.emit.hf_writing import final
+from surgeon.emit.huggingface import Emission
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.apply import Get
 

@@ -105,7 +105,7 @@ def write_folder(
     if check and written.largest is None:
         notes.append(f"not run: ONNX Runtime has no {options.dtype} kernels on the CPU")
     if source is not None:
-        from surgeon.emit.huggingface import carry
+        from surgeon.emit.hf_writing import carry
 
         carry(folder, source.tokenizer_files, source.tokenizer)
         if source.generation_config is not None:

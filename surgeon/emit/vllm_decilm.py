@@ -20,7 +20,7 @@ import torch
 from surgeon.axes.axes import Axes
 from surgeon.axes.plan import Plan
 from surgeon.capture.weights import SafetensorsWeights
-from surgeon.emit import huggingface as hf
+from surgeon.emit import hf_writing
 from surgeon.emit.decoder import (
     ELSEWHERE,
     Decoder,
@@ -130,12 +130,14 @@ def whole(axes: Axes, asked: Mapping[str, float]) -> Mapping[str, str]:
 def write(folder: Path, decoder: Decoder, material: Material) -> dict[str, Any]:
     """Writes the checkpoint into an existing folder, one tensor at a time; returns facts."""
     source = material.source
-    hf.write_tensors(folder, decoder.emission, decoder.selection, material.get, material.dtype_of)
+    hf_writing.write_tensors(
+        folder, decoder.emission, decoder.selection, material.get, material.dtype_of
+    )
     dtype = main_type(decoder, material)
     text = json.dumps(config_json(decoder, dtype), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     shutil.copyfile(CONFIGURATION, folder / CONFIGURATION.name)
-    hf.carry(folder, source.tokenizer_files, source.tokenizer)
+    hf_writing.carry(folder, source.tokenizer_files, source.tokenizer)
     if source.generation_config is not None:
         source.generation_config.save_pretrained(folder)
     note = (

@@ -17,7 +17,8 @@ from torch import nn
 from surgeon.axes.axes import Axes
 from surgeon.axes.consumers import contractions
 from surgeon.axes.plan import Plan, Selection
-from surgeon.emit.huggingface import Emission, final
+from surgeon.emit.hf_writing import final
+from surgeon.emit.huggingface import Emission
 from surgeon.emit.in_memory import in_memory
 from surgeon.emit.layers import layer_shapes
 from surgeon.errors import Code, SurgeonError

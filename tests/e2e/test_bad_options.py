@@ -187,7 +187,7 @@ def test_a_disk_that_fills_up_while_writing(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("surgeon.emit.huggingface.write_safetensors", full)
+    monkeypatch.setattr("surgeon.emit.hf_writing.write_safetensors", full)
     refused(prune(llama, tmp_path / "o", *RATIO), "disk-full", "ran full")
 
 

@@ -93,10 +93,10 @@ def test_an_interrupted_run_cleans_up(llama: Path, tmp_path: Path, share: float)
 def test_a_refused_verification_leaves_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgeon.emit import huggingface
+    from surgeon.emit import hf_writing
 
     # The stored tensor is wrong by a little: what is read back is compared before the rename.
-    write = huggingface.write
+    write = hf_writing.write
 
     def wrong(folder: Path, *args: Any, **kwargs: Any) -> None:
         from safetensors.torch import load_file, save_file
@@ -106,7 +106,7 @@ def test_a_refused_verification_leaves_nothing(
         state["model.norm.weight"][0] += 1e-3
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(huggingface, "write", wrong)
+    monkeypatch.setattr(hf_writing, "write", wrong)
     found = surgeon("prune", llama, "-o", tmp_path / "o", "--ratio", "0.2")
     assert found.code == 1 and found.err.startswith("[verify-failed] model.norm.weight")
     assert list(tmp_path.iterdir()) == []

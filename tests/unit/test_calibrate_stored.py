@@ -141,7 +141,7 @@ def test_an_interrupted_write_leaves_what_was_there(
     def stop(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surgeon.emit.files.write_safetensors_file", stop)
+    monkeypatch.setattr("surgeon.emit.safetensors_file.write_safetensors_file", stop)
     with pytest.raises(KeyboardInterrupt):
         save(path, data, ("similarity",), {"seed": 2}, overwrite=True)
     assert load(path).about["seed"] == 1 and [p.name for p in tmp_path.iterdir()] == [path.name]

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from surgeon.capture.exported import DTYPES
 from surgeon.emit import files
-from surgeon.emit.files import TensorSpec, output_file, output_folder, write_safetensors
+from surgeon.emit.files import output_file, output_folder
+from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 from surgeon.errors import Code, SurgeonError
 
 
@@ -263,7 +264,8 @@ def test_a_result_that_was_set_aside_comes_back(tmp_path: Path) -> None:
 
 KILLED = """
     import sys, time, torch
-    from surgeon.emit.files import TensorSpec, output_folder, write_safetensors
+    from surgeon.emit.files import output_folder
+    from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 
     def load(i):
         if i == 5 and sys.argv[2] == "hang":

@@ -17,7 +17,7 @@ from surgeon.ahead import ahead
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.capture.blocks import GAP, Buffers, spans
 from surgeon.capture.weights import SafetensorsWeights, same_bits
-from surgeon.emit import huggingface as hf
+from surgeon.emit import hf_writing
 from surgeon.errors import Code, SurgeonError
 from surgeon.memory import LEAST, Memory, resident
 from surgeon.opening import Model, open_model
@@ -156,7 +156,7 @@ def test_a_checkpoint_written_in_blocks_is_the_one_written_tensor_by_tensor(
 ) -> None:
     own = pruned.emission
     assert own.scales, "averages over kept channels are folded into some parameters"
-    hf.write(
+    hf_writing.write(
         tmp_path,
         own,
         pruned.selection,
@@ -167,7 +167,7 @@ def test_a_checkpoint_written_in_blocks_is_the_one_written_tensor_by_tensor(
     )
     stored = SafetensorsWeights(tmp_path)
     for old, new in own.names.items():
-        want = hf.final(own, pruned.selection, pruned.full, old, dtype)
+        want = hf_writing.final(own, pruned.selection, pruned.full, old, dtype)
         assert stored.dtype(new) == dtype
         assert torch.equal(stored[new], want), new
 
@@ -270,7 +270,7 @@ def test_a_limit_that_nobody_named_refuses_nothing() -> None:
 
 
 def test_the_index_of_many_shards_is_read_back(pruned: Pruned, tmp_path: Path) -> None:
-    from surgeon.emit.files import TensorSpec, write_safetensors
+    from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 
     def blocks() -> Iterator[torch.Tensor]:
         yield torch.zeros(3, 2)
@@ -286,7 +286,7 @@ def test_the_index_of_many_shards_is_read_back(pruned: Pruned, tmp_path: Path) -
 
 
 def test_blocks_that_are_not_what_was_announced_are_refused(tmp_path: Path) -> None:
-    from surgeon.emit.files import TensorSpec, write_safetensors
+    from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 
     spec = TensorSpec("x", "f32", (5, 2), lambda: torch.empty(0), lambda: iter([torch.zeros(4, 2)]))
     with pytest.raises(SurgeonError, match="4 rows") as caught:

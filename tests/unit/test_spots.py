@@ -61,7 +61,7 @@ def compare(pruned: Pruned, out: Path) -> Compare:
     captured = capture_model(found.meta_model())
     plan, axes, emission = pruned.plan, pruned.axes, pruned.emission
     fixed = {**captured.constants, **found.computed()}
-    from surgeon.emit.huggingface import final
+    from surgeon.emit.hf_writing import final
 
     right = {
         new: final(emission, pruned.selection, pruned.full, old, torch.float32)

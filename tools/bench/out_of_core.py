@@ -33,7 +33,7 @@ def generate(folder: Path, layers: int) -> int:
     import torch
     from transformers import LlamaConfig
 
-    from surgeon.emit.files import TensorSpec, write_safetensors
+    from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 
     shapes = {
         "model.embed_tokens.weight": (VOCAB, HIDDEN),

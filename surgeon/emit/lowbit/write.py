@@ -12,12 +12,13 @@ import torch
 from surgeon.axes.plan import Selection
 from surgeon.capture.exported import DTYPES
 from surgeon.capture.weights import SafetensorsWeights
+from surgeon.emit import hf_writing
 from surgeon.emit import huggingface as hf
-from surgeon.emit.files import TensorSpec, write_safetensors
 from surgeon.emit.lowbit import eight, four
 from surgeon.emit.lowbit.grid import SAME
 from surgeon.emit.lowbit.modules import Chosen, choose
 from surgeon.emit.lowbit.scheme import Scheme
+from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.apply import Get
 
@@ -70,7 +71,7 @@ def write(
     for old, new in emission.names.items():
         dtype = dtype_of(old)
         if new in chosen.groups:
-            wide = hf.final(emission, selection, get, old, torch.float32)
+            wide = hf_writing.final(emission, selection, get, old, torch.float32)
             if scheme.scheme == "int4":
                 parts, _ = four.packed(new, wide, chosen.groups[new], dtype)
             else:
@@ -84,7 +85,7 @@ def write(
                 new,
                 DTYPES[dtype],
                 selection.shape(old),
-                lambda old=old: hf.final(emission, selection, get, old, dtype_of(old)),
+                lambda old=old: hf_writing.final(emission, selection, get, old, dtype_of(old)),
             )
         )
     specs += [
@@ -94,7 +95,7 @@ def write(
     four_bits = scheme.scheme == "int4"
     write_safetensors(folder, specs, metadata=None if four_bits else eight.header(said, plain))
     settings = four.settings(chosen) if four_bits else eight.settings(scheme, chosen)
-    hf.describe(folder, emission, quantization=settings, **carried)
+    hf_writing.describe(folder, emission, quantization=settings, **carried)
     return chosen
 
 
@@ -118,7 +119,7 @@ def check(
     for old, new in emission.names.items():
         if new in stored:
             left.discard(new)
-            want = hf.final(emission, selection, get, old, dtype_of(old))
+            want = hf_writing.final(emission, selection, get, old, dtype_of(old))
             if stored.dtype(new) != want.dtype or not torch.equal(stored[new], want):
                 raise _differs(folder, new, "the stored tensor is not the plan's, bit for bit")
             continue
@@ -126,7 +127,7 @@ def check(
         if not names:
             raise _differs(folder, new, "the checkpoint doesn't hold it in any form")
         left -= names
-        want = hf.final(emission, selection, get, old, torch.float32)
+        want = hf_writing.final(emission, selection, get, old, torch.float32)
         values, steps = read(new, stored)
         if values.shape != want.shape:
             raise _differs(folder, new, f"it is {list(values.shape)} and not {list(want.shape)}")
