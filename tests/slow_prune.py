@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import surgeon.saving as saving
 from surgeon.cli import main
-from surgeon.emit import files, hf_writing
+from surgeon.emit import files, safetensors_file
 
 # Each run is forked from a server that has imported all it needs: that takes seconds, forking none.
 CONTEXT = get_context("forkserver")
@@ -37,7 +37,16 @@ def run(pipe: Connection, args: tuple[str, ...]) -> None:
 
         return run
 
-    hf_writing.pieces = stepped("a tensor", hf_writing.pieces)
+    # Blocks are made in a thread of their own, but written in this one.
+    made = safetensors_file.ahead
+
+    def watched(items: Iterable[Any]) -> Iterator[Any]:
+        with closing(made(items)) as blocks:
+            for block in blocks:
+                step("before a block")
+                yield block
+
+    safetensors_file.ahead = watched
     for name in ("_sync", "_swap", "_sync_tree"):
         setattr(files, name, stepped(name, getattr(files, name)))
     for name in ("rename", "write_text"):
