@@ -72,7 +72,7 @@ def _check_whole(recipe: Recipe, passes: Passes) -> None:
         )
 
 
-def check_factors(origin: Model, recipe: Recipe, passes: Passes) -> None:
+def check_expressible(origin: Model, recipe: Recipe, passes: Passes) -> None:
     """Refuses, before any work, what a schedule or the target can't express."""
     if passes.groups and recipe.schedule is not None:
         raise SurgeonError(

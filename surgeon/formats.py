@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,11 @@ if TYPE_CHECKING:
 
 def need_bytes(pruned: Pruned) -> int:
     """Returns how much a result takes at most, in the element types that it comes in."""
-    total = 0
-    for p in pruned.program.params:
-        if p.kind in ("parameter", "buffer"):
-            size = pruned.dtype(p.name).itemsize
-            for n in pruned.selection.shape(p.name):
-                size *= n
-            total += size
-    return total
+    return sum(
+        pruned.dtype(p.name).itemsize * prod(pruned.selection.shape(p.name))
+        for p in pruned.program.params
+        if p.kind in ("parameter", "buffer")
+    )
 
 
 def decoder(pruned: Pruned, name: str) -> Decoder:

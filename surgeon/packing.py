@@ -17,7 +17,6 @@ from surgeon.errors import Code, SurgeonError, no_weights
 from surgeon.report.evaluate import Text, perplexity, read_text
 from surgeon.saving import (
     load_transformers,
-    main_dtype,
     moved,
     write_plan,
     write_report,
@@ -99,7 +98,7 @@ def save(
     check_scheme(scheme, "pt2" if pruned.is_graph else pruned.target, pruned.origin.id)
     source, own = pruned.origin.source, pruned.origin.dtype
     assert source is not None
-    dtype = main_dtype(pruned, pruned.emission)
+    dtype = hf_writing.main_dtype(pruned.emission, pruned.selection, pruned.dtype)
     emission = hf_writing.with_dtype(pruned.emission, dtype)
     text = None if measure is None else read_text(measure.text)
     before = sum(own(name).itemsize * prod(pruned.selection.shape(name)) for name in emission.names)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.asking import (
     budget_of,
     check_asked,
-    check_factors,
+    check_expressible,
     check_memory,
     data_of,
     multiples_of,
@@ -248,7 +248,7 @@ def run(
     origin = _opened(source, opening)
     if passes.groups:
         origin = with_heads_apart(origin)
-    check_factors(origin, recipe, passes)
+    check_expressible(origin, recipe, passes)
     allowed = memory or Memory.of(None)
     check_memory(origin, recipe, passes, allowed)
     start = time.perf_counter()

@@ -17,11 +17,11 @@ from surgeon.axes.plan import Plan, dropped
 from surgeon.axes.renumber import MAP_FILE
 from surgeon.capture.configs import config_and_class, quantised, read_config
 from surgeon.capture.exported import DTYPES
-from surgeon.capture.weights import SafetensorsWeights, computable, same_bits, stored_tensors
+from surgeon.capture.weights import SafetensorsWeights, same_bits, stored_tensors
 from surgeon.emit import hf_writing
-from surgeon.emit import huggingface as hf
 from surgeon.emit.files import output_folder
 from surgeon.emit.hf_config import VLLM_TYPE
+from surgeon.emit.mismatch import foreign, not_the_plans
 from surgeon.emit.safetensors_file import TensorSpec, write_safetensors_file
 from surgeon.emit.target import TRANSFORMERS, find_targets, get_target
 from surgeon.errors import Code, SurgeonError, no_weights
@@ -132,7 +132,7 @@ def _checkpoint(pruned: Pruned, folder: Path, *, verify: bool) -> Form:
     """Writes a result as a Transformers checkpoint into an existing folder."""
     assert pruned.source is not None
     emission, source = pruned.emission, pruned.source
-    dtype = main_dtype(pruned, emission)
+    dtype = hf_writing.main_dtype(emission, pruned.selection, pruned.dtype)
     emission = hf_writing.with_dtype(emission, dtype)
     if verify and not pruned.fits:
         from surgeon.spotting import check_room
@@ -175,19 +175,6 @@ def moved(pruned: Pruned, loaded: Any) -> float:
     forward = v.transformers_forward(loaded)
     apart = v.differences(lambda *args: forward(*args).float(), lambda *args: masked(*args), inputs)
     return max(d.largest for d in apart)
-
-
-def main_dtype(pruned: Pruned, emission: hf.Emission) -> torch.dtype:
-    """The element type most weights have, of those that can be computed in.
-
-    It is what the configuration says: weights in 8-bit floats are widened when they are loaded.
-    """
-    weight: dict[torch.dtype, int] = {}
-    for name in emission.names:
-        dtype = pruned.dtype(name)
-        if computable(dtype):
-            weight[dtype] = weight.get(dtype, 0) + prod(pruned.selection.shape(name))
-    return max(weight, key=lambda d: weight[d]) if weight else torch.float32
 
 
 def write_plan(folder: Path, pruned: Pruned) -> None:
@@ -347,22 +334,10 @@ def _same_bits(pruned: Pruned, folder: Path) -> None:
     for old, new in emission.names.items():
         want = hf_writing.final(emission, pruned.selection, pruned.full, old, pruned.dtype(old))
         if new not in stored or not same_bits(stored[new], want):
-            raise SurgeonError(
-                Code.VERIFY_FAILED,
-                f"{new} is not what the plan gives",
-                at=str(folder),
-                why="the stored tensor differs from the plan applied to the source",
-                try_="prune again; if the folder was edited, it is no longer this plan's result",
-            )
+            raise not_the_plans(folder, new)
     extra = set(stored.names()) - set(emission.names.values())
     if extra:
-        raise SurgeonError(
-            Code.VERIFY_FAILED,
-            f"{min(extra)} does not belong to the plan's result",
-            at=str(folder),
-            why=f"the checkpoint holds {len(extra)} tensors that the plan does not give",
-            try_="prune again",
-        )
+        raise foreign(folder, extra, "the plan does not give")
 
 
 def written(folder: Path) -> Mapping[str, Path]:

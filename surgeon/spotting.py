@@ -13,8 +13,8 @@ from surgeon.capture.model import capture_model
 from surgeon.capture.source import resolve
 from surgeon.capture.weights import Weights, same_bits
 from surgeon.emit import hf_writing
+from surgeon.emit.mismatch import foreign, not_the_plans
 from surgeon.emit.pieces import full_shape
-from surgeon.errors import Code, SurgeonError
 from surgeon.report.spots import Side, check_layers, masked_program, needed
 from surgeon.report.verify import Verification
 from surgeon.runtime.apply import masked
@@ -67,13 +67,7 @@ def verify_layers(pruned: Pruned, folder: Path, *, trust_remote_code: bool = Fal
             return _wide(stored.blocks, name, stored.shape(name), dtype, block)
         want = hf_writing.final(pruned.emission, pruned.selection, pruned.full, old, torch.float32)
         if dtype != pruned.dtype(old) or not same_bits(stored[name], want.to(dtype)):
-            raise SurgeonError(
-                Code.VERIFY_FAILED,
-                f"{name} is not what the plan gives",
-                at=str(folder),
-                why="the stored tensor differs from the plan applied to the source",
-                try_="prune again; if the folder was edited, it is no longer this plan's result",
-            )
+            raise not_the_plans(folder, name)
         return want
 
     made = check_layers(
@@ -122,12 +116,6 @@ def _wide(
 
 def _check_names(stored: Weights, known: set[str], folder: Path) -> None:
     """Refuses a checkpoint with tensors that the model doesn't have."""
-    extra = sorted(set(stored.names()) - known)
+    extra = set(stored.names()) - known
     if extra:
-        raise SurgeonError(
-            Code.VERIFY_FAILED,
-            f"{extra[0]} does not belong to the plan's result",
-            at=str(folder),
-            why=f"the checkpoint holds {len(extra)} tensors that its model does not have",
-            try_="prune again",
-        )
+        raise foreign(folder, extra, "its model does not have")

@@ -68,8 +68,7 @@ class GroupHeads(TransformPass):
         return {axis.name: self._count(axis) for axis in self._axes(axes)}
 
     def _axes(self, axes: Axes) -> list[Axis]:
-        wanted = [a for a in axes.of_role("kv_heads") if self._count(a) < a.size]
-        return [a for a in wanted if not grouping_obstacles(axes, a, grouping(a, self._count(a)))]
+        return [a for a in axes.of_role("kv_heads") if self._count(a) < a.size]
 
     def _count(self, axis: Axis) -> int:
         if self.kv_heads is not None:
@@ -134,7 +133,7 @@ class _Made:
 
     def read(self, param: str) -> Any:
         if param not in self.tensors:
-            self.tensors[param] = self.context.weights(param).double().float().clone()
+            self.tensors[param] = self.context.weights(param).clone()
         return self.tensors[param]
 
     def group(self, axis: Axis, count: int) -> None:

@@ -36,6 +36,9 @@ def _mix(
     An expert that a token isn't sent to has weight 0. So the experts stay a dimension of every
     value, and products with their weights are plain ones. Inner values are weighted, not what they
     are mapped to: an expert's statistics are then of the tokens that reach it.
+
+    Every attribute is one that Transformers' interface for experts promises of a module that uses
+    it (transformers.integrations.moe); no architecture is known here.
     """
     share = torch.ops.surgeon.dispatch(index, weights, module.num_experts)
     share = share.transpose(0, 1).unsqueeze(-1)

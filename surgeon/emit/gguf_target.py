@@ -32,9 +32,9 @@ from surgeon.emit.decoder import (
     starts_with_attention,
 )
 from surgeon.emit.gguf_tokens import Field, fields_of
+from surgeon.emit.mismatch import differs
 from surgeon.emit.scales import Refused
 from surgeon.emit.target import Refusal, Target, refusal
-from surgeon.errors import Code, SurgeonError
 
 FILE = "model.gguf"
 TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -382,11 +382,11 @@ def read(
         if "float32" in field.kind:
             want = np.float32(want).tolist()
         if value != want and not (found is None and want == []):
-            raise _differs(path, field.key, "the metadata says something else")
+            raise differs(path, field.key, "the metadata says something else")
     held = {tensor.name: tensor for tensor in reader.tensors}
     for old, new in form.names.items():
         if new not in held:
-            raise _differs(path, new, "the file doesn't hold it")
+            raise differs(path, new, "the file doesn't hold it")
         tensor = held.pop(new)
         _compare(path, form, material, old, tensor)
     factors = held.pop("rope_freqs.weight", None)
@@ -395,9 +395,9 @@ def read(
         and form.factors is not None
         and not np.array_equal(factors.data, form.factors.numpy())
     ):
-        raise _differs(path, "rope_freqs.weight", "these are not the plan's frequencies")
+        raise differs(path, "rope_freqs.weight", "these are not the plan's frequencies")
     if held:
-        raise _differs(path, min(held), "the plan's result has no such tensor")
+        raise differs(path, min(held), "the plan's result has no such tensor")
 
 
 def _compare(path: Path, form: Form, material: Material, old: str, tensor: Any) -> None:
@@ -405,9 +405,9 @@ def _compare(path: Path, form: Form, material: Material, old: str, tensor: Any) 
 
     kind, shape = tensor.tensor_type.name, form.decoder.selection.shape(old)
     if kind != form.type_of(old, material.dtype_of(old)):
-        raise _differs(path, tensor.name, f"it is stored as {kind}")
+        raise differs(path, tensor.name, f"it is stored as {kind}")
     if tuple(reversed(tensor.shape.tolist())) != shape:
-        raise _differs(path, tensor.name, f"it is {tensor.shape.tolist()} and not {list(shape)}")
+        raise differs(path, tensor.name, f"it is {tensor.shape.tolist()} and not {list(shape)}")
     values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type)))
     values = values.float().reshape(shape)
     want = form.decoder.tensor(material.get, old).float()
@@ -418,23 +418,13 @@ def _compare(path: Path, form: Form, material: Material, old: str, tensor: Any) 
         want = want.to(torch.float16 if kind == "F16" else torch.bfloat16).float()
     if kind != "Q8_0":
         if not torch.equal(values, want):
-            raise _differs(path, tensor.name, "the stored tensor is not the plan's, bit for bit")
+            raise differs(path, tensor.name, "the stored tensor is not the plan's, bit for bit")
         return
     # 127 steps of a block's scale, which is rounded to fp16.
     step = want.reshape(-1, BLOCK).abs().amax(-1, keepdim=True) / 127
     apart = (values - want).reshape(-1, BLOCK).abs()
     if not bool((apart <= step * (0.5 + 127 * 2.0**-11) + 2.0**-24).all()):
-        raise _differs(path, tensor.name, "a weight is more than half a step from the plan's")
-
-
-def _differs(path: Path, name: str, why: str) -> SurgeonError:
-    return SurgeonError(
-        Code.VERIFY_FAILED,
-        f"{name} is not what the plan gives",
-        at=str(path),
-        why=why,
-        try_="write it again; if it was edited, it is no longer this plan's result",
-    )
+        raise differs(path, tensor.name, "a weight is more than half a step from the plan's")
 
 
 TARGET = Target(

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from surgeon.axes.plan import Selection
 from surgeon.capture.blocks import Reader
+from surgeon.capture.weights import computable
 from surgeon.emit.huggingface import Emission
 from surgeon.emit.pieces import full_shape, pieces
 from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
@@ -152,3 +154,18 @@ def with_dtype(emission: Emission, dtype: torch.dtype) -> Emission:
         return replace(emission, config_json={**emission.config_json, "dtype": name})
     emission.candidate.config.dtype = dtype
     return emission
+
+
+def main_dtype(
+    emission: Emission, selection: Selection, dtype_of: Callable[[str], torch.dtype]
+) -> torch.dtype:
+    """Returns the element type that most weights have, of those that can be computed in.
+
+    It is what the configuration says: weights in 8-bit floats are widened when they are loaded.
+    """
+    weight: dict[torch.dtype, int] = {}
+    for name in emission.names:
+        dtype = dtype_of(name)
+        if computable(dtype):
+            weight[dtype] = weight.get(dtype, 0) + prod(selection.shape(name))
+    return max(weight, key=lambda d: weight[d]) if weight else torch.float32

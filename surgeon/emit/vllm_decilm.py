@@ -30,8 +30,8 @@ from surgeon.emit.decoder import (
     starts_with_attention,
 )
 from surgeon.emit.hf_config import VLLM_TYPE
+from surgeon.emit.mismatch import differs
 from surgeon.emit.target import Refusal, Target
-from surgeon.errors import Code, SurgeonError
 
 CLASS = "DeciLMForCausalLM"
 CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
@@ -133,7 +133,7 @@ def write(folder: Path, decoder: Decoder, material: Material) -> dict[str, Any]:
     hf_writing.write_tensors(
         folder, decoder.emission, decoder.selection, material.get, material.dtype_of
     )
-    dtype = main_type(decoder, material)
+    dtype = hf_writing.main_dtype(decoder.emission, decoder.selection, material.dtype_of)
     text = json.dumps(config_json(decoder, dtype), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     shutil.copyfile(CONFIGURATION, folder / CONFIGURATION.name)
@@ -152,18 +152,6 @@ def write(folder: Path, decoder: Decoder, material: Material) -> dict[str, Any]:
     }
 
 
-def main_type(decoder: Decoder, material: Material) -> torch.dtype:
-    """Returns the element type that most weights have."""
-    counts: dict[torch.dtype, int] = {}
-    for old in decoder.emission.names:
-        size = 1
-        for n in decoder.selection.shape(old):
-            size *= n
-        dtype = material.dtype_of(old)
-        counts[dtype] = counts.get(dtype, 0) + size
-    return max(counts, key=lambda d: counts[d])
-
-
 def read(folder: Path, decoder: Decoder, material: Material) -> None:
     """Compares a written checkpoint with what it should be, tensor by tensor and bit by bit.
 
@@ -180,21 +168,12 @@ def read(folder: Path, decoder: Decoder, material: Material) -> None:
     if extra:
         raise differs(folder, min(extra), "the plan's result has no such tensor")
     told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    want_config = config_json(decoder, main_type(decoder, material))
+    want_config = config_json(
+        decoder, hf_writing.main_dtype(decoder.emission, decoder.selection, material.dtype_of)
+    )
     for key, value in json.loads(json.dumps(want_config)).items():
         if told.get(key) != value:
             raise differs(folder, key, "config.json says something else")
-
-
-def differs(place: Path, name: str, why: str) -> SurgeonError:
-    """Returns the error of something that was written and isn't what it should be."""
-    return SurgeonError(
-        Code.VERIFY_FAILED,
-        f"{name} is not what the plan gives",
-        at=str(place),
-        why=why,
-        try_="write it again; if it was edited, it is no longer this plan's result",
-    )
 
 
 TARGET = Target(
