@@ -191,7 +191,11 @@ def kept_only(
 
 
 def _kept_average(axes: Axes, selection: Selection, op: Op) -> Normaliser | None:
-    """Returns an average that sees kept channels only; None where it is scaled by their share."""
+    """Returns an average that sees kept channels only; None where it is scaled by their share.
+
+    An average over both kinds of axes is told of the first kind alone: of the other, masked channels
+    are zero and `share_of` accounts for them.
+    """
     x, dims = op.arg(0), op.arg(1)
     assert isinstance(x, Ref | ParamRef)
     exprs = axes.dims[("%" if isinstance(x, Ref) else "$") + x.name]
@@ -199,8 +203,11 @@ def _kept_average(axes: Axes, selection: Selection, op: Op) -> Normaliser | None
         return None
     over = sorted(d % len(exprs) for d in dims if isinstance(d, int))
     whole = tuple(f for d in over for f in exprs[d])
-    if not selection.touches(whole) or not centred(axes, whole):
+    unseen = {a for f in whole if centred(axes, (f,)) for a in leaves((f,))}
+    cuts = tuple(c for number, c in selection.cuts.items() if number in unseen)
+    if not cuts:
         return None
+    selection = Selection(axes, Plan(cuts))
     sizes = [axes.program.type_of(x).shape[d] for d in over]
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(numbers) != len(sizes):

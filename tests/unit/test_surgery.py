@@ -339,6 +339,19 @@ def test_a_mean_over_two_dimensions_counts_both():
     assert subject.difference(both) <= TOLERANCE
 
 
+def test_a_mean_over_channels_of_which_some_do_not_vanish_and_some_do():
+    def body(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = F.linear(x, m.w) + 1.0  # the constant is left where a channel is masked
+        return (h[:, None, :, None] * F.linear(x, m.v)[:, None, None, :]).mean((1, 2, 3))
+
+    subject = made(body, w=(4, 3), v=(6, 3))
+    lasting, vanishing = carrier(subject, "w", 0), carrier(subject, "v", 0)
+    assert vanishing.exact and not lasting.exact
+    first, second = cut(lasting, [1, 2, 3]), cut(vanishing, [0, 4])
+    assert subject.difference(Plan((second,))) <= TOLERANCE
+    assert subject.difference(Plan((first, second))) <= TOLERANCE
+
+
 def test_a_mean_that_was_corrected_once_is_corrected_again():
     def body(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = F.linear(x, m.w).view(-1, 3, 4)
