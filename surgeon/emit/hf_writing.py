@@ -17,7 +17,7 @@ from surgeon.axes.plan import Selection
 from surgeon.capture.blocks import Reader
 from surgeon.capture.weights import computable
 from surgeon.emit.huggingface import Emission
-from surgeon.emit.pieces import full_shape, pieces
+from surgeon.emit.pieces import Room, full_shape, pieces
 from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 from surgeon.runtime.apply import Get, removed
 
@@ -84,13 +84,15 @@ def write_tensors(
     """Writes a checkpoint's tensors into an existing folder; see `write`."""
     from surgeon.capture.exported import DTYPES
 
+    room = Room(block)
+
     def load(name: str) -> torch.Tensor:
         return final(emission, selection, get, name, dtype_of(name))
 
     def parts(name: str) -> Iterator[torch.Tensor]:
         assert read is not None
         scales, full = emission.scales.get(name, ()), full_shape(selection, name)
-        return pieces(selection, scales, read, name, dtype_of(name), full, block)
+        return pieces(selection, scales, read, name, dtype_of(name), full, room)
 
     specs = [
         TensorSpec(

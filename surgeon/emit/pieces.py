@@ -8,9 +8,27 @@ from math import prod
 import torch
 
 from surgeon.axes.plan import Selection
-from surgeon.capture.blocks import Reader, extent, spans, stream
+from surgeon.capture.blocks import Buffers, Reader, extent, spans, stream, take
 from surgeon.emit.scales import Scale
 from surgeon.runtime.apply import removed
+
+
+BEHIND = 3
+"""Pieces that whoever writes may be behind: one is written, one waits, one is being made."""
+
+
+class Room:
+    """The memory that all tensors of a checkpoint pass through, one after the other.
+
+    Args:
+        size: bytes of a block.
+    """
+
+    def __init__(self, size: int) -> None:
+        # A block may be handed on as it was read, while the next waits and one is being read.
+        self.read = Buffers(BEHIND + 3, size)
+        self.made = Buffers(BEHIND + 1, size)
+        self.halfway = Buffers(1, size)
 
 
 def full_shape(selection: Selection, name: str) -> tuple[int, ...]:
@@ -29,9 +47,11 @@ def pieces(
     name: str,
     dtype: torch.dtype,
     full: tuple[int, ...],
-    size: int,
+    room: Room,
 ) -> Iterator[torch.Tensor]:
     """Yields a parameter's rows: sliced, folded, then rounded once.
+
+    Each is good until `BEHIND` more have been asked for.
 
     What is only sliced keeps its bits. Rows that go are not read where a run of them is long, and
     columns that go are not copied.
@@ -43,8 +63,9 @@ def pieces(
         name: the parameter.
         dtype: the element type that it is stored in.
         full: its shape before anything was removed.
-        size: bytes of a block.
+        room: where blocks are read and made.
     """
+    size = room.read.size
     cuts = selection.cuts_into(name)
     rows, row_bytes = extent(full, max(dtype.itemsize, 4 if scales else 0))
     if cuts and not selection.separable(name):
@@ -58,17 +79,16 @@ def pieces(
     )
     first = kept[0] if kept else None
     wanted = spans(rows, row_bytes, size, None if first is None else first.numpy())
-    for _, start, block in stream(read, [(name, wanted)], size):
-        part = block
+    for _, start, block in stream(read, [(name, wanted)], size, room.read):
+        part, columns = block, [(d, k) for d, k in enumerate(kept) if d and k is not None]
         if first is not None:
             stop = start + len(block)
             a, b = torch.searchsorted(first, torch.tensor([start, stop])).tolist()
-            part = part.index_select(0, first[a:b] - start)
-        for dim, columns in enumerate(kept[1:], start=1):
-            if columns is not None:
-                part = part.index_select(dim, columns)
-        # The block's memory is used again, and who writes may be some pieces behind.
-        yield _stored(part.clone() if part is block else part, scales, dtype)
+            part = take(part, 0, first[a:b] - start, room.halfway if columns else room.made)
+        for number, (dim, indices) in enumerate(columns, start=1):
+            last = number == len(columns)
+            part = take(part, dim, indices, room.made if last else Buffers(1, size))
+        yield _stored(part, scales, dtype)
 
 
 def _stored(tensor: torch.Tensor, scales: Sequence[Scale], dtype: torch.dtype) -> torch.Tensor:
