@@ -34,3 +34,9 @@ def refitted(
     out = torch.zeros_like(old)
     out[:, kept] = torch.linalg.solve(left, right.T).T
     return (out if dim == 1 else out.T).float().contiguous()
+
+
+def check_share(hold_out: float) -> None:
+    """Refuses what is no share of the calibration windows that may be held out."""
+    if not 0 <= hold_out < 1:
+        raise ValueError(f"hold_out is {hold_out}, it has to be at least 0 and below 1")

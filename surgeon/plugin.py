@@ -151,7 +151,7 @@ class Calibration(Protocol):
         ...
 
     def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
         """Returns maps with learnt gains in their rows and columns, and the divergence by step."""
         ...
@@ -163,6 +163,7 @@ class Calibration(Protocol):
         solve: Callable[[str, Any], Any],
         *,
         cross: bool = True,
+        hold_out: float = 0.0,
     ) -> Mapping[str, Any]:
         """Returns the parameters solved for, in the program's order."""
         ...
@@ -296,24 +297,29 @@ class Context:
         solve: Callable[[str, Any], Any],
         *,
         cross: bool = True,
+        hold_out: float = 0.0,
     ) -> Mapping[str, Any]:
         """Returns what `solve` makes of each parameter and its `Pair` of inputs, in program order.
 
         For passes that need `activations: sequential`. A `Pair` holds what the parameter's input
         is in the dense model and in the pruned one, whose earlier parameters are replaced already.
-        Without `cross` it lacks the products of both where `wanted` says what is to be made.
+        Without `cross` it lacks the products of both where `wanted` says what is to be made. Of
+        the windows a share `hold_out`, the last ones, is left out.
         """
-        return self.data.sequential(plan, tuple(params), solve, cross=cross)
+        return self.data.sequential(plan, tuple(params), solve, cross=cross, hold_out=hold_out)
 
     def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float = 0.0
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
         """Returns maps with learnt gains in their rows and columns, and the divergence by step.
 
         For passes that need `activations: distillation`. A gain multiplies a channel of what a map
-        reads or makes; gains are learnt so that the smaller model predicts what the dense one does.
+        reads or makes; gains are learnt so that the smaller model predicts what the dense one does,
+        on the share `hold_out` of the windows that `sequential` left out, or on all.
         """
-        return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows)
+        return self.data.distilled(
+            plan, rate=rate, epochs=epochs, windows=windows, hold_out=hold_out
+        )
 
     def after(self, rewrites: Mapping[str, Any]) -> Context:
         """Returns what a pass sees once these tensors stand in the smaller model.

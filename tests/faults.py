@@ -62,7 +62,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "export-folder": ("export", "MODEL", "--to", "onnx", "-o", "OUT/onnx"),
     "export-onnx": ("export", "MODEL", "--to", "onnx", "-o", "OUT/model.onnx"),
     "export-pt2": ("export", "MODEL", "--to", "pt2", "-o", "OUT/model.pt2", "--no-check"),
-    "latency": ("latency", "MODEL", "-o", "OUT/clock.json", "--repeat", "1", "--points", "2"),
+    "latency": ("latency", "MODEL", "-o", "OUT/clock.json", "--repeat", "5", "--points", "5"),
     "eval": (
         *("eval", "MODEL", "--text", "text.txt", *WINDOWS),
         *("--markdown", "OUT/table.md", "--html", "OUT/page.html"),

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from passes._refit import check_share
 from surgeon.plugin import CompensatePass, Context, Plan
 
 
@@ -33,16 +34,25 @@ class Gains(CompensatePass):
     windows: int = 1
     """Calibration windows in a step."""
 
+    hold_out: float = 0.0
+    """Share of the calibration windows that is learnt from: the last ones, which `least_squares`
+    with the same share did not look at. 0 for all windows."""
+
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""
         for name in ("rate", "epochs", "windows"):
             if not getattr(self, name) > 0:  # true for NaN as well
                 raise ValueError(f"{name} is {getattr(self, name)}, it has to be above 0")
+        check_share(self.hold_out)
 
     def compensate(self, context: Context, plan: Plan) -> Mapping[str, Any]:
         """Returns by parameter name the full-size tensor that replaces it."""
         found, steps = context.distilled(
-            plan, rate=self.rate, epochs=self.epochs, windows=self.windows
+            plan,
+            rate=self.rate,
+            epochs=self.epochs,
+            windows=self.windows,
+            hold_out=self.hold_out,
         )
         quarter = max(1, len(steps) // 4)
         first, last = (sum(s) / len(s) for s in (steps[:quarter], steps[-quarter:]))

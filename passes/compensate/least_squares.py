@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from passes._refit import RIDGE, refitted
+from passes._refit import RIDGE, check_share, refitted
 from surgeon.plugin import CompensatePass, Context, Plan, Selection, consumers
 
 
@@ -37,10 +37,15 @@ class LeastSquares(CompensatePass):
     """What a map whose outputs are added to the residual stream is solved for: that the stream
     after it be the dense model's, or that what it adds be."""
 
+    hold_out: float = 0.0
+    """Share of the calibration windows, the last ones, that is left to passes after this one: of
+    the error on other texts, what a window tells that weights were solved for on is too little."""
+
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""
         if not self.ridge > 0:
             raise ValueError(f"ridge is {self.ridge}, it has to be above 0")
+        check_share(self.hold_out)
 
     def compensate(self, context: Context, plan: Plan) -> Mapping[str, Any]:
         """Returns by parameter name the full-size tensor that replaces it."""
@@ -55,4 +60,5 @@ class LeastSquares(CompensatePass):
             weight = context.weights(param)
             return refitted(weight, pair.dim, kept, pair.pruned, pair.cross, self.ridge, wanted)
 
-        return context.sequential(plan, params, solve, cross=self.towards == "branch")
+        cross = self.towards == "branch"
+        return context.sequential(plan, params, solve, cross=cross, hold_out=self.hold_out)

@@ -273,20 +273,37 @@ class Gathered:
         return Trial(get, frozenset(touched | set(silent)), change)
 
     def sequential(
-        self, plan: Plan, params: Sequence[str], solve: Solve, *, cross: bool = True
+        self,
+        plan: Plan,
+        params: Sequence[str],
+        solve: Solve,
+        *,
+        cross: bool = True,
+        hold_out: float = 0.0,
     ) -> Mapping[str, Any]:
-        """Returns the parameters solved for, each on what those before it produce."""
+        """Returns the parameters solved for, each on what those before it produce.
+
+        Args:
+            plan: what is removed.
+            params: to solve for.
+            solve: from a name and a `Pair` to the tensor that replaces the parameter.
+            cross: as `surgeon.calibrate.sequential` describes it.
+            hold_out: share of the windows that takes no part: the last ones.
+
+        Raises:
+            SurgeonError: `bad-option` where a share of the windows would be none, or all.
+        """
         mask, change = self._masking(plan)
         now = rewritten(self.get, self.pruned)
         # Who distils afterwards wants the dense stream at the head, which this walk comes by.
-        distils = "activations: distillation" in self._expected
+        distils = "activations: distillation" in self._expected and not hold_out
         streams: list[torch.Tensor] | None = [] if distils else None
         found = sequential(
             self.axes.program,
             self.read,
             lambda name: _fp32(now(name)),
             mask,
-            self.ids,
+            self._parted(hold_out)[0],
             params,
             solve,
             self.machine,
@@ -298,7 +315,7 @@ class Gathered:
         return found
 
     def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float = 0.0
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
         """Returns maps with gains in their rows and columns, learnt from the dense model.
 
@@ -307,26 +324,48 @@ class Gathered:
             rate: Adam's largest step size.
             epochs: times that every window is seen.
             windows: in a step.
+            hold_out: share of the windows that is learnt from, the last ones; 0 for all of them.
 
         Returns:
             The tensors in full size, and the divergence from the dense model at every step, nats.
+
+        Raises:
+            SurgeonError: `bad-option` where a share of the windows would be none, or all.
         """
-        program, ids = self.axes.program, self.ids
-        if not self._known.streams:
-            self._known.streams = streams_of(program, self.read, ids, self.machine)
+        program, ids = self.axes.program, self._parted(hold_out)[1]
+        streams = [] if hold_out else self._known.streams
+        if not streams:
+            streams = streams_of(program, self.read, ids, self.machine)
+            self._known.streams = self._known.streams if hold_out else streams
         now = rewritten(self.get, self.pruned)
         return distilled(
             self.axes,
             plan,
             self.read,
             lambda name: _fp32(now(name)),
-            self._known.streams,
+            streams,
             ids,
             Schedule(rate, epochs, windows),
             self.machine,
         )
 
     # --- how it is gathered ----------------------------------------------------------------------
+
+    def _parted(self, hold_out: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns this process's windows but the last ones, and those; without a share, all."""
+        every, world = torch.from_numpy(self.windows.ids), self.machine.world
+        if not hold_out:
+            return self.ids, self.ids
+        first = len(every) - round(hold_out * len(every))
+        if not 0 < first < len(every):
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "the calibration windows can't be parted",
+                at=f"hold_out: {hold_out:g}",
+                why=f"of {len(every)} windows that leaves {first} and {len(every) - first}",
+                try_="more windows (--samples), or hold_out: 0 to use all of them twice",
+            )
+        return world.share(every[:first]), world.share(every[first:])
 
     @property
     def _made(self) -> Mapping[str, int]:

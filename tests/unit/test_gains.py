@@ -20,8 +20,10 @@ from surgeon.calibrate.gathered import Gathered
 from surgeon.calibrate.running import Machine
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.sequential import closing
+from surgeon.errors import SurgeonError
 from surgeon.opening import Model, open_model
 from surgeon.plugin import Context
+from surgeon.recipes import load_recipe
 from surgeon.runtime.apply import masked
 from surgeon.runtime.lower import lower
 from tests import models
@@ -148,6 +150,50 @@ def test_sequential_calibration_leaves_the_streams_that_gains_need(
     kept = data._known.streams
     for one, two in zip(kept, streams_of(llama.program, llama.read, ids, Machine()), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_held_out_are_those_that_gains_learn_on(
+    llama: Model, halved: Plan, ids: torch.Tensor
+) -> None:
+    """One window in four of them stands apart: what each half does is what it does alone."""
+
+    def data(rows: torch.Tensor) -> Gathered:
+        return Gathered(llama.axes, llama.read, Windows(rows.numpy()))
+
+    def solve(name: str, pair: Any) -> torch.Tensor:
+        return llama.read(name) + 1e-3 * (pair.cross - pair.pruned).float()[: len(llama.read(name))]
+
+    both, first, last = data(ids), data(ids[:-3]), data(ids[-3:])
+    params, share = ["model.layers.0.mlp.down_proj.weight"], 3 / len(ids)
+    one = both.sequential(halved, params, solve, hold_out=share)
+    assert torch.equal(one[params[0]], first.sequential(halved, params, solve)[params[0]])
+    gains, steps = both.distilled(halved, rate=0.02, epochs=1, windows=1, hold_out=share)
+    alone, again = last.distilled(halved, rate=0.02, epochs=1, windows=1)
+    assert len(steps) == 3 and steps == again
+    assert all(torch.equal(gains[name], alone[name]) for name in alone)
+
+
+def test_the_default_recipe_learns_gains_on_what_least_squares_did_not_see() -> None:
+    by_name = {step.name: step.options for step in load_recipe("default").passes}
+    assert by_name["gains"]["hold_out"] == by_name["least_squares"]["hold_out"] > 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_windows_that_cannot_be_parted_are_refused(
+    llama: Model, halved: Plan, ids: torch.Tensor, share: float
+) -> None:
+    data = Gathered(llama.axes, llama.read, Windows(ids[:2].numpy()))
+    with pytest.raises(SurgeonError, match="can't be parted"):
+        data.distilled(halved, rate=0.02, epochs=1, windows=1, hold_out=share)
+    with pytest.raises(SurgeonError, match="of 2 windows"):
+        data.sequential(halved, [], lambda name, pair: pair, hold_out=share)
+
+
+@pytest.mark.parametrize("made", [Gains, LeastSquares])
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_that_is_none(made: type[Gains] | type[LeastSquares], share: float) -> None:
+    with pytest.raises(ValueError, match="hold_out"):
+        made(hold_out=share)
 
 
 @pytest.mark.parametrize("option", ["rate", "epochs", "windows"])
