@@ -92,9 +92,7 @@ def extent(shape: Sequence[int], itemsize: int) -> tuple[int, int]:
     return (shape[0] if shape else 1), itemsize * math.prod(shape[1:])
 
 
-def take(
-    tensor: torch.Tensor, dim: int, indices: torch.Tensor, buffers: Buffers
-) -> torch.Tensor:
+def take(tensor: torch.Tensor, dim: int, indices: torch.Tensor, buffers: Buffers) -> torch.Tensor:
     """Returns a tensor's rows or columns of these indices, bit by bit, in one of the buffers."""
     shape = (*tensor.shape[:dim], len(indices), *tensor.shape[dim + 1 :])
     held = buffers.take(math.prod(shape) * tensor.element_size())

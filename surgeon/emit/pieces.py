@@ -12,7 +12,6 @@ from surgeon.capture.blocks import Buffers, Reader, extent, spans, stream, take
 from surgeon.emit.scales import Scale
 from surgeon.runtime.apply import removed
 
-
 BEHIND = 3
 """Pieces that whoever writes may be behind: one is written, one waits, one is being made."""
 

@@ -193,8 +193,8 @@ def kept_only(
 def _kept_average(axes: Axes, selection: Selection, op: Op) -> Normaliser | None:
     """Returns an average that sees kept channels only; None where it is scaled by their share.
 
-    An average over both kinds of axes is told of the first kind alone: of the other, masked channels
-    are zero and `share_of` accounts for them.
+    An average over both kinds of axes is told of the first kind alone: of the other, masked
+    channels are zero and `share_of` accounts for them.
     """
     x, dims = op.arg(0), op.arg(1)
     assert isinstance(x, Ref | ParamRef)

@@ -3,11 +3,11 @@
     python tools/bench/toolbox.py CALIBRATION_TEXT EVALUATION_TEXT -o FOLDER [--rows pruned-20,...]
 
 Each row is a recipe in `tools/bench/recipes`; the row `vocabulary` keeps the tokens that the
-calibration text uses. Where a recipe begins as that of an earlier row does and goes on, only the rest
-is done, on that row's result: quantised by `surgeon quantize`, trained further by `surgeon recover`,
-anything else by `surgeon run`. What FOLDER holds already is not made again. The table is that of
-`surgeon compare`: perplexity on the first windows of 1,024 tokens of the evaluation text, sizes on
-disk and in memory, and speed, all models timed in turns.
+calibration text uses. Where a recipe begins as that of an earlier row does and goes on, only the
+rest is done, on that row's result: quantised by `surgeon quantize`, trained further by `surgeon
+recover`, anything else by `surgeon run`. What FOLDER holds already is not made again. The table is
+that of `surgeon compare`: perplexity on the first windows of 1,024 tokens of the evaluation text,
+sizes on disk and in memory, and speed, all models timed in turns.
 """
 
 from __future__ import annotations
