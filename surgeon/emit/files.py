@@ -266,15 +266,23 @@ def owned(name: str) -> bool:
 
 
 def _recover(target: Path) -> None:
-    """Removes what runs on this path left when they were killed; a result set aside comes back."""
-    pattern = re.compile(
-        rf"\.{re.escape(target.name)}\.(partial|replaced)-{_HOST}-(\d+)-[0-9a-f]{{8}}"
-    )
+    """Removes what runs on this path left when they were killed; a result set aside comes back.
+
+    A library that is told a temporary name may write beside it, under one made of it: onnx-ir puts
+    a dot before it and something random behind it.
+    """
+    own = rf"\.{re.escape(target.name)}\.(partial|replaced)-{_HOST}-(\d+)-[0-9a-f]{{8}}"
+    pattern = re.compile(rf"({own})|\.({own})\.\w+")
     for path in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match is None or path in _OPEN or _alive(int(match[2])):
+        if match is None:
             continue
-        if match[1] == "replaced" and not target.exists():
+        name, kind, pid = (
+            a or b for a, b in zip(match.groups()[:3], match.groups()[3:], strict=True)
+        )
+        if path.with_name(name) in _OPEN or _alive(int(pid)):
+            continue
+        if path.name == name and kind == "replaced" and not target.exists():
             path.rename(target)
         elif path.is_dir():
             shutil.rmtree(path)

@@ -229,13 +229,16 @@ def test_only_a_dead_owners_leftovers_of_this_path_are_removed(tmp_path: Path) -
     host = files._HOST
     dead, alive = gone(), os.getppid()
     leftover = tmp_path / f".out.partial-{host}-{dead}-01234567"
+    beside = tmp_path / f"..out.partial-{host}-{dead}-01234567.8h9sz98_"
     kept = [
         f".out.partial-{host}-{alive}-01234567",
+        f"..out.partial-{host}-{alive}-01234567.8h9sz98_",
+        f"..out.partial-{host}-{dead}-01234567.a.b",
         f".out.partial-ffffffff-{dead}-01234567",
         f".other.partial-{host}-{dead}-01234567",
         f".out.partial-{host}-{dead}-mine",
     ]
-    for path in (leftover, *(tmp_path / name for name in kept)):
+    for path in (leftover, beside, *(tmp_path / name for name in kept)):
         path.mkdir()
         (path / "half").write_text("x")
     with output_folder(tmp_path / "out"):
