@@ -8,7 +8,7 @@ process of its own, since it has to be measured in turns.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -17,7 +17,7 @@ from surgeon.calibrate.parallel import World, join, launched
 from surgeon.emit.scratch import scratch
 from surgeon.errors import Code, SurgeonError, near
 from surgeon.pruned import versions
-from surgeon.ready import Ready, check_name, open_ready
+from surgeon.ready import Placing, Ready, check_name, open_ready
 from surgeon.report.agreement import Agreement, Differences, Kept, vocabulary
 from surgeon.report.comparison import Evaluated, Evaluation, Scored, Settings, Written
 from surgeon.report.evaluate import Perplexity, Text, Windows, default_text, read_text, score
@@ -26,6 +26,7 @@ from surgeon.report.writing import measure, words
 from surgeon.runtime import bench
 from surgeon.runtime.generate import generate
 from surgeon.runtime.logits import positions_of
+from surgeon.runtime.placing import check_map
 
 if TYPE_CHECKING:
     from surgeon.report.lm_eval import Tasks
@@ -54,6 +55,8 @@ class Options(TypedDict, total=False):
     """A folder with further tasks for lm-eval."""
     device: str
     """`auto`, `cuda` or `cpu`."""
+    device_map: str | Mapping[str, int | str] | None
+    """How checkpoints' layers are dealt out to several devices; see `surgeon.runtime.placing`."""
     threads: int | None
     """Threads of each model while it is timed."""
     trust_remote_code: bool
@@ -126,6 +129,9 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
         from surgeon.report.lm_eval import find_tasks
 
         tasks = find_tasks(settings.tasks, options.get("tasks_path"))
+    device_map = options.get("device_map")
+    if device_map is not None:
+        check_map(device_map, device=options.get("device", "auto"), speed=settings.speed)
     for model in models:
         check_name(model, trust_remote_code=options.get("trust_remote_code", False))
     options = {**options, "tokenizer": _tokenizer(options.get("tokenizer"))}
@@ -135,7 +141,8 @@ def _run(models: Sequence[Any], against: int, options: Options) -> Evaluation:
     found: dict[int, Evaluated] = {}
     with scratch() as folder:
         kept = Kept(folder) if len(models) > 1 else None
-        run = _Run(settings, texts, known, kept, tasks, options, world)
+        placing = None if device_map is None else Placing(device_map, folder / "placed")
+        run = _Run(settings, texts, known, kept, tasks, options, world, placing)
         for index in (against, *(i for i in range(len(models)) if i != against)):
             found[index] = run.model(models[index], names[index])
             gc.collect()
@@ -169,8 +176,9 @@ class _Run:
         tasks: Tasks | None,
         options: Options,
         world: World,
+        placing: Placing | None,
     ) -> None:
-        self._world = world
+        self._world, self._placing = world, placing
         self._settings, self._texts, self._known, self._kept = settings, texts, known, kept
         self._tasks, self._options = tasks, options
         self._reference: list[tuple[Windows, int]] = []
@@ -185,6 +193,7 @@ class _Run:
             device=self._options.get("device", "auto"),
             tokenizer=self._options.get("tokenizer"),
             trust_remote_code=self._options.get("trust_remote_code", False),
+            placing=self._placing,
         )
         is_first = not self._first
         self._first = self._first or name

@@ -10,6 +10,7 @@ from surgeon import exporting
 from surgeon.errors import Code, SurgeonError
 from surgeon.opening import Model, open_model
 from surgeon.report import facts as f
+from surgeon.runtime.placing import DeviceMap, load_placed
 from surgeon.viewing import costs_of
 
 _UNCAPTURED = (Code.CAPTURE_FAILED, Code.DATA_DEPENDENT, Code.BAD_PROGRAM)
@@ -58,8 +59,21 @@ def check_name(model: Any, *, trust_remote_code: bool = False) -> None:
         resolve(name, trust_remote_code=trust_remote_code)
 
 
+@dataclass(frozen=True)
+class Placing:
+    """Where a checkpoint's layers go, and the folder of those that go to the disk."""
+
+    device_map: DeviceMap
+    offload: Path
+
+
 def open_ready(
-    model: Any, *, device: str = "auto", tokenizer: Any = None, trust_remote_code: bool = False
+    model: Any,
+    *,
+    device: str = "auto",
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    placing: Placing | None = None,
 ) -> Ready:
     """Returns a model ready to run, with its figures.
 
@@ -68,6 +82,7 @@ def open_ready(
         device: `auto`, `cuda` or `cpu`.
         tokenizer: for a model that has none beside it.
         trust_remote_code: run modelling code that comes with a checkpoint.
+        placing: deal its layers out to several devices.
 
     Raises:
         SurgeonError: why it can't be opened.
@@ -75,6 +90,8 @@ def open_ready(
     from surgeon.runtime.program_file import program_file
 
     name = str(model) if isinstance(model, str | Path) else ""
+    if placing is not None:
+        return _open_source(model, device, tokenizer, trust_remote_code, placing)
     if name and exporting.is_graph(name):
         return _open_graph(name, device, tokenizer)
     file = program_file(name) if name else None
@@ -123,7 +140,9 @@ def _open_program(file: Path, device: str, tokenizer: Any) -> Ready:
     return Ready(module, tokenizer_beside(file) or tokenizer, found)
 
 
-def _open_source(model: Any, device: str, tokenizer: Any, trust: bool) -> Ready:
+def _open_source(
+    model: Any, device: str, tokenizer: Any, trust: bool, placing: Placing | None = None
+) -> Ready:
     """Opens what Transformers loads; what can't be captured is run all the same."""
     try:
         opened: Model | None = open_model(model, trust_remote_code=trust)
@@ -137,13 +156,19 @@ def _open_source(model: Any, device: str, tokenizer: Any, trust: bool) -> Ready:
 
         assert refusal is not None
         source = resolve(model, trust_remote_code=trust)
-        run = exporting.load_to_measure(model, device=device, trust_remote_code=trust)
+        if placing is None:
+            run = exporting.load_to_measure(model, device=device, trust_remote_code=trust)
+        else:
+            run = load_placed(source, placing.device_map, placing.offload)
         found = f.Facts(_kind(source.kind), source.model_class.__name__)
         found = found.without(_reason(refusal), *_DERIVED)
     else:
         source = opened.source
         assert source is not None
-        run = exporting.load_opened(opened, device=device)
+        if placing is None:
+            run = exporting.load_opened(opened, device=device)
+        else:
+            run = load_placed(source, placing.device_map, placing.offload)
         architecture = source.model_class.__name__
         found = f.of_program(
             _kind(source.kind), architecture, opened.axes, costs_of(opened), opened.read

@@ -45,6 +45,13 @@ MarkdownOption = Annotated[
 HtmlOption = Annotated[
     Path | None, typer.Option("--html", metavar="FILE", help="write them as one page")
 ]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, balanced, balanced_low_0 or sequential: deal a checkpoint's layers out to all "
+        "GPUs, then memory and disk"
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace earlier files")]
 
 
@@ -63,6 +70,7 @@ def evaluate(
     tasks_path: TasksPathOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     as_json: JsonOption = False,
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
@@ -92,6 +100,7 @@ def evaluate(
             tasks_path=tasks_path,
             limit=limit,
             device=device,
+            device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=say,
         )
@@ -130,6 +139,7 @@ def compare(
     tasks_path: TasksPathOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
     as_json: JsonOption = False,
     markdown: MarkdownOption = None,
     html: HtmlOption = None,
@@ -159,6 +169,7 @@ def compare(
             tasks_path=tasks_path,
             limit=limit,
             device=device,
+            device_map=device_map,
             trust_remote_code=trust_remote_code,
             progress=say,
         )
