@@ -97,7 +97,7 @@ def take(tensor: torch.Tensor, dim: int, indices: torch.Tensor, buffers: Buffers
     shape = (*tensor.shape[:dim], len(indices), *tensor.shape[dim + 1 :])
     held = buffers.take(math.prod(shape) * tensor.element_size())
     out = held.view(tensor.dtype).view(shape)
-    words = _WORDS.get(tensor.element_size())
+    tensor, words = tensor.detach(), _WORDS.get(tensor.element_size())
     if words is None or not tensor.is_contiguous():
         return torch.index_select(tensor, dim, indices, out=out)
     # Torch takes columns of 16-bit numbers three times as slowly. `clip` because another mode would
