@@ -5,11 +5,11 @@ one is made to predict, on the calibration data, what the dense model predicts. 
 learnt, one for each row and column of every map (0.3 % of the parameters' number in a small
 model, less in a large one); they are then factors in the weights. No weight is trained by itself.
 
-They had better be learnt on windows that least squares did not see: there the error is that of any
-other text, three times as large. SmolLM2-135M, 20 % of the decoder, 64 windows of 512 tokens, twelve
-of 1,024 from WikiText-2's test set that are not in the project's protocol: least squares on all 64,
-41.5, and gains on the same, 40.8; least squares on 48, 42.1, and gains on the other 16, 40.4 (32 and
-32: 43.2, 41.3).
+They had better be learnt on windows that least squares did not see: there the error is that of
+any other text, three times as large. SmolLM2-135M, 20 % of the decoder, 64 windows of 512 tokens;
+perplexity of twelve of 1,024 from WikiText-2's test set that are not in the project's protocol:
+least squares on all 64, 41.5, and gains on the same, 40.8; least squares on 48, 42.1, and gains on
+the other 16, 40.4 (32 and 32: 43.2, 41.3).
 
 Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Liu et al., Few-Shot
 Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, 2022 (IA³).
