@@ -125,9 +125,19 @@ def module_bytes(module: Any) -> int:
     seen: dict[int, int] = {}
     for tensors in (module.parameters(), module.buffers()):
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+            for plain in _plain(tensor):
+                storage = plain.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())
+
+
+def _plain(tensor: Any) -> Iterator[Any]:
+    """Yields the tensors that one is made of: torchao's have no storage of their own."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
 
 
 def size_of(files: Iterable[Path]) -> int:

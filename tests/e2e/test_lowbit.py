@@ -19,6 +19,7 @@ import surgeon as api
 from surgeon.emit.lowbit import eight, four
 from surgeon.errors import Code, SurgeonError
 from surgeon.exporting import load
+from surgeon.report.facts import module_bytes
 from tests import models
 from tests.command import checkpoint, surgeon
 from tests.refusals import refused
@@ -92,6 +93,9 @@ def test_every_scheme_is_written_and_loads_and_is_near(
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     assert (head.weight is table.weight) is tied
     assert type(table.weight) is torch.nn.Parameter
+    # What it holds in memory is what is in the file, and a little beside it.
+    held = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    assert held <= module_bytes(loaded(out)) < 1.1 * held
     assert json.loads((out / "surgeon.json").read_text())["quantize"] == found
 
 
