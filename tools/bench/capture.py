@@ -1,6 +1,6 @@
-"""Seconds and memory of capture and analysis, for shapes from 135M to 405B; no weights are made.
+"""Seconds and memory of capture and analysis, for shapes from 135M to 671B; no weights are made.
 
-    python tools/bench/capture.py [smollm2|7b|70b|405b]
+    python tools/bench/capture.py [smollm2|7b|70b|405b|qwen3-235b|deepseek-v3]
 
 Every shape runs in a process of its own, so that the peak is its own.
 """
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-SHAPES = {
+SHAPES: dict[str, dict[str, object]] = {
     "smollm2": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -48,7 +48,24 @@ SHAPES = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "qwen3-235b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+    },
+    # The sizes of DeepSeek-V3 are what its configuration class has without any.
+    "deepseek-v3": {},
 }
+
+CLASSES = {"qwen3-235b": "Qwen3Moe", "deepseek-v3": "DeepseekV3"}
+"""The architectures that are not Llama."""
 
 
 def _peak() -> float:
@@ -62,7 +79,7 @@ def _peak() -> float:
 
 def measure(name: str) -> dict[str, float | str]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     from surgeon.axes import analyse
     from surgeon.capture.model import capture_model
@@ -70,7 +87,8 @@ def measure(name: str) -> dict[str, float | str]:
     libraries = _peak()
     start, begun = time.perf_counter(), time.process_time()
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
+        config = getattr(transformers, f"{CLASSES.get(name, 'Llama')}Config")(**SHAPES[name])
+        model = getattr(transformers, f"{CLASSES.get(name, 'Llama')}ForCausalLM")(config)
     made = time.perf_counter()
     program = capture_model(model).program
     captured = time.perf_counter()
