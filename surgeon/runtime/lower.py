@@ -257,6 +257,8 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
+_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {"Max": torch.sym_max, "Min": torch.sym_min}
+"""Such as a model's own `max(0, longest - seq)`, whose branch must not be decided by a trace."""
 
 
 def evaluate(
@@ -267,9 +269,10 @@ def evaluate(
     """Returns a symbolic size, such as `batch*seq + 1`, computed.
 
     Args:
-        expression: of sums, differences, products and whole quotients of symbols and numbers.
+        expression: of sums, differences, products, whole quotients, the least and the largest of
+            symbols and numbers.
         symbol: the value of a symbol.
-        call: applies a function of `operator` to values.
+        call: applies a function of `operator`, `torch.sym_max` or `torch.sym_min` to values.
 
     Raises:
         SurgeonError: `bad-program` where the expression is none of these.
@@ -285,6 +288,11 @@ def evaluate(
                 return call(operator.neg, value(operand))
             case ast.BinOp(left, op, right) if type(op) in _ARITHMETIC:
                 return call(_ARITHMETIC[type(op)], value(left), value(right))
+            case ast.Call(ast.Name(name), [first, *rest], []) if name in _FUNCTIONS:
+                found = value(first)
+                for other in rest:
+                    found = call(_FUNCTIONS[name], found, value(other))
+                return found
             case _:
                 raise SurgeonError(
                     Code.BAD_PROGRAM,

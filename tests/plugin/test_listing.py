@@ -16,6 +16,8 @@ from tests.command import surgeon
 from tests.plugin.conftest import LOUD, Install
 from tests.refusals import refused
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:

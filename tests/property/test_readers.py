@@ -25,6 +25,8 @@ from surgeon.capture.weights import SafetensorsWeights
 from surgeon.errors import SurgeonError
 from surgeon.ir import parse
 
+pytestmark = pytest.mark.slow
+
 
 class Deep:
     """Stands for a list of 3,000 levels, which the JSON library reads no more than it writes."""

@@ -23,6 +23,8 @@ from surgeon.runtime import bench
 from tests import golden, models
 from tests.command import checkpoint
 
+pytestmark = pytest.mark.slow
+
 LETTERS = Text("letters", "".join(chr(32 + (7 * i * i + i) % 95) for i in range(400)))
 WORDS = Text("words", "the sun is a star and the earth is a stone " * 5)
 WINDOW = 32

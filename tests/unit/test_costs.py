@@ -16,6 +16,8 @@ from surgeon.axes.plan import Plan, counts, cut
 from surgeon.ir import parse
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = ("Llama", "GPT2", "Phi3", "Gemma2")
 
 

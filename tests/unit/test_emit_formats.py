@@ -18,6 +18,8 @@ from surgeon.errors import Code, SurgeonError
 from surgeon.exporting import export
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 40, 9, 77, 23, 6, 31, 12]])
 
 

@@ -29,6 +29,8 @@ from tests import models
 from tests.command import surgeon
 from tests.refusals import refused
 
+pytestmark = pytest.mark.slow
+
 SVG = "{http://www.w3.org/2000/svg}"
 VIEWS = tuple(graph_data.VIEWS)
 

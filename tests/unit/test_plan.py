@@ -20,6 +20,8 @@ from surgeon.axes.space import leaves
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Param, Program, TensorType
 
+pytestmark = pytest.mark.slow
+
 NAMES = st.text(min_size=1, max_size=8)
 
 

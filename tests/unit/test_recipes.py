@@ -22,6 +22,8 @@ from tests.command import ROOT, checkpoint
 from tests.command import surgeon as command
 from tests.refusals import refused
 
+pytestmark = pytest.mark.slow
+
 FULL = """
 version: 1
 about: everything that there is to say

@@ -17,6 +17,8 @@ from surgeon.recovery.losses import hidden_loss
 from tests import models
 from tests.recovering import FFN, logits, options, origin, thinner
 
+pytestmark = pytest.mark.slow
+
 IDS = models.tokens(100, 2, 9)
 
 

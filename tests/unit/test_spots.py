@@ -25,6 +25,8 @@ from surgeon.runtime.apply import masked
 from surgeon.spotting import verify_layers
 from tests.models import build
 
+pytestmark = pytest.mark.slow
+
 LAYERS = [
     f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.o_proj", "mlp.down_proj")
 ]

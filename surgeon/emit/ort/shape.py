@@ -30,7 +30,8 @@ def reshaped(b: Builder, x: ir.Value, before: Sequence[Size], after: Sequence[Si
 
 def _size(b: Builder, expression: str) -> ir.Value:
     """Returns a dynamic size as a tensor [1]."""
-    arithmetic = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div"}
+    arithmetic = {"add": "Add", "sub": "Sub", "mul": "Mul", "floordiv": "Div", "neg": "Neg"}
+    arithmetic |= {"sym_max": "Max", "sym_min": "Min"}
 
     def symbol(name: str) -> ir.Value:
         for value in b.inputs:
