@@ -101,7 +101,10 @@ def _set_heads(data: dict[str, Any], config: Any, shape: Shape) -> None:
         _set(data, config, V_HEAD_DIM, first.v)
         return
     _set(data, config, HEAD_DIM, first.qk)
-    if first.qk * first.heads != shape.hidden:
+    computed = getattr(type(config), "head_dim", None)
+    if isinstance(computed, property) and computed.fset is None:
+        data.pop("head_dim", None)  # the class works it out; it may still write it into a file
+    elif first.qk * first.heads != shape.hidden:
         # Many classes read this width without declaring it; by itself it would be another.
         data.setdefault("head_dim", first.qk)
 

@@ -207,7 +207,7 @@ def _made(make: Callable[[], Candidate]) -> Candidate:
 
     try:
         return make()
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (AttributeError, ValueError, TypeError, StrictDataclassError) as error:
         last = str(error).strip().splitlines()[-1].strip()
         raise Refused(f"its configuration refuses the sizes ({last[:160]})") from error
 

@@ -7,7 +7,10 @@ import pytest
 from surgeon.axes import analyse
 from surgeon.capture.model import capture_model
 from surgeon.ir import to_text
+from surgeon.opening import open_model
+from surgeon.pipeline import prune
 from tests import families
+from tools.conformance.measure import GRAPH, PINNED, measure
 
 pytestmark = pytest.mark.zoo
 
@@ -23,3 +26,15 @@ def test_layers_that_return_several_values_and_mask_by_themselves_are_captured_a
     heads = [a for a in axes.axes if (table, 0) in axes.carriers(a) or a.role == "kv_heads"]
     assert heads and all(a.prunable for a in heads)
     assert {"hidden", "kv_heads", "qk", "ffn"} <= {a.role for a in axes.axes if a.prunable}
+
+
+def test_sizes_that_a_model_compares_while_it_runs_are_computed():
+    """MPT cuts its biases at `max(0, longest - seq)`."""
+    line = measure("Mpt", graphs=False)
+    assert {cell.state for cell in line.cells.values()} == {GRAPH, PINNED}
+
+
+def test_a_width_of_heads_that_a_configuration_computes_is_not_set():
+    falcon = open_model(families.decoder("FalconAlibi"))
+    made = prune(falcon, roles={"hidden": 0.25}, score="random", verify=False)
+    assert [c.kept for c in made.plan.cuts if len(c.kept) == 36]
