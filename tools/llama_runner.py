@@ -47,13 +47,17 @@ def written(server: Any, prompt: list[int], new: int, vocab: int) -> dict[str, A
     """Returns the likeliest tokens after a prompt, and before each all log-probabilities.
 
     The server is asked for one token at a time: it holds back tokens that end amid a character, and
-    keeps some from being written, but tells the probabilities of all.
+    keeps some from being written, but tells the probabilities of all. There are fewer than `new`
+    where the server tells nothing of the next.
     """
     ids, rows = list(prompt), list[list[float]]()
     for _ in range(new):
         asked = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": vocab}
         found = server.handle_completions({**asked, "cache_prompt": False})
-        steps = found["choices"][0]["logprobs"]["content"]
+        told = found["choices"][0]["logprobs"]
+        if told is None:
+            break  # the likeliest token ends the text, or stands amid a character
+        steps = told["content"]
         if len(steps) != 1:
             raise SystemExit(f"llama.cpp told of {len(steps)} tokens where one was asked for")
         row = [float("-inf")] * vocab

@@ -67,4 +67,5 @@ def test_it_gives_the_model_s_logits_and_cuts_texts_the_same(
             )
             assert token == int(want.argmax())
             ids.append(token)
+    assert found["written"]
     assert found["texts"] == [tokenizer(TEXT)["input_ids"]]
