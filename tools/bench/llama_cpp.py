@@ -64,7 +64,8 @@ def compared(file: Path, model: Any, prompt: list[int], new: int, **asked: Any) 
     vocab = int(model.config.vocab_size)
     found = llama_cpp(file, prompt=prompt, new=new, vocab=vocab, **asked)
     tokens, want = transformers(model, prompt, new)
-    pairs = enumerate(zip(found["written"], tokens, strict=True))
+    new = len(found["written"])  # fewer where the server tells nothing of the next
+    pairs = enumerate(zip(found["written"], tokens[:new], strict=True))
     same = next((i for i, (a, b) in pairs if a != b), new)
     got = torch.tensor(found["logprobs"], dtype=torch.float64)
     # After a token that differs both go on from different texts.
