@@ -9,7 +9,10 @@ from surgeon.ops.rule import Atoms, Context, Flow, Gauge, rule, vanishing, where
 
 LINEAR = ("neg", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "dropout")
 """Maps that any change of basis passes through."""
-ODD = ("tanh", "sin", "erf", "sign", "asinh", "atan")
+ODD = (
+    *("tanh", "sin", "erf", "sign", "asinh", "atan"),
+    *("tan", "sinh", "asin", "atanh", "round", "trunc"),
+)
 """Maps with f(-x) = -f(x)."""
 ZERO_KEEPING = (
     "silu",
@@ -22,6 +25,13 @@ ZERO_KEEPING = (
     "square",
     "mish",
     "hardswish",
+    "elu",
+    "selu",
+    "celu",
+    "expm1",
+    "log1p",
+    "floor",
+    "ceil",
 )
 NOT_ZERO_KEEPING = (
     *("cos", "exp", "sigmoid", "softplus", "logical_not", "bitwise_not", "isnan", "isinf"),
