@@ -113,11 +113,13 @@ def _open_graph(name: str, device: str, tokenizer: Any) -> Ready:
 
 def _open_packed(module: Any, folder: Path, tokenizer: Any) -> Ready:
     """Takes a checkpoint whose weights are stored in fewer bits, which is not analysed."""
+    from surgeon.runtime.graph_file import REWRITES
     from surgeon.runtime.model import tokenizer_beside
 
     found = f.Facts("checkpoint", type(module).__name__)
     found = found.without("its weights are stored in fewer bits", *_DERIVED)
-    size = f.size_of(folder.glob("*.safetensors"))
+    # What a plan replaced lies beside the checkpoint, and is not loaded with it.
+    size = f.size_of(p for p in folder.glob("*.safetensors") if p.name != REWRITES)
     found = replace(found, disk_bytes=size, memory_bytes=f.module_bytes(module))
     return Ready(module, tokenizer_beside(folder / "config.json") or tokenizer, found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import surgeon as api
 from surgeon.emit.lowbit import eight, four
 from surgeon.errors import Code, SurgeonError
 from surgeon.exporting import load
+from surgeon.ready import open_ready
 from surgeon.report.facts import module_bytes
 from tests import models
 from tests.command import checkpoint, surgeon
@@ -244,3 +246,11 @@ def test_without_the_library_it_says_what_to_install(
 def test_a_model_without_linear_maps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SurgeonError, match="nothing to quantise"):
         api.quantize(models.tiny("GPT2"), tmp_path / "out", "w8")
+
+
+def test_what_a_plan_replaced_is_no_part_of_its_size(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pruned().save(out, quantize="w8")
+    shutil.copyfile(out / "model.safetensors", out / "plan.safetensors")
+    facts = open_ready(str(out)).facts
+    assert facts.disk_bytes == (out / "model.safetensors").stat().st_size
