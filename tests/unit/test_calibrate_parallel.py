@@ -54,7 +54,8 @@ def numbers(axes, get, ids):
         found[f"{name} cross"], found[f"{name} pruned"] = pair.cross, pair.pruned
         found[f"{name} count"] = torch.tensor(pair.count)
         return get(name) + 1e-3 * (pair.cross - pair.pruned).float()[: len(get(name))]
-    for name, tensor in data.sequential(plan, names, solve, hold_out=0.4).items():
+    held = (0.4, 0.6) if len(ids) > 1 else (0, 0)
+    for name, tensor in data.sequential(plan, names, solve, hold_out=held[0]).items():
         found[f"{name} solved"] = tensor
     for name in names:
         moments, gradients = data.moments(names)[name], data.gradients(names)[name]
@@ -68,7 +69,7 @@ def numbers(axes, get, ids):
     found["loss"] = torch.tensor(data.loss(plan))
     moved = data.divergences([(plan, lambda name: None), (Plan(), lambda name: None)])
     found["divergences"] = torch.tensor([[d.mean, d.deviation] for d in moved])
-    gains, curve = data.distilled(plan, rate=1e-2, epochs=3, windows=2, hold_out=0.6)
+    gains, curve = data.distilled(plan, rate=1e-2, epochs=3, windows=2, hold_out=held[1])
     found["gains"] = torch.cat([gains[name].flatten() for name in sorted(gains)])
     found["gains, steps"] = torch.tensor(curve)
     found |= scores(ids, join())

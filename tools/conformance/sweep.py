@@ -49,6 +49,8 @@ def architectures() -> dict[str, type]:
 
 def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns a configuration's fields with few layers and few experts."""
+    if not all(isinstance(key, str) for key in fields):
+        return fields  # names of labels, by number
     counts = {v for k, v in fields.items() if LAYERS.search(k) and type(v) is int and v > FEW}
     out: dict[str, Any] = {}
     for key, value in fields.items():
