@@ -288,7 +288,7 @@ class _Settler:
                 kinds.setdefault(atom, set()).add(use.kind)
                 if use.kind == "contract":
                     op = self.program.ops[use.op]
-                    out = self.dims["%" + op.outputs[0]]
+                    out = self.dims.get("%" + op.outputs[0])  # a number has no dimensions
                     into.setdefault(atom, set()).update(leaves(out[-1]) if out else ())
         products = contractions(self.program)
         made = {found.out for found in products}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
 from surgeon.axes import analyse
 from surgeon.capture.model import capture_model
@@ -38,3 +39,17 @@ def test_a_width_of_heads_that_a_configuration_computes_is_not_set():
     falcon = open_model(families.decoder("FalconAlibi"))
     made = prune(falcon, roles={"hidden": 0.25}, score="random", verify=False)
     assert [c.kept for c in made.plan.cuts if len(c.kept) == 36]
+
+
+def test_a_sum_over_everything_reaches_no_residual():
+    """DiffLlama weighs two attentions by sums of products of vectors."""
+    config = transformers.DiffLlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=101,
+    )
+    found = open_model(transformers.DiffLlamaForCausalLM(config).eval()).axes
+    assert {"hidden", "ffn"} <= {a.role for a in found.axes}
