@@ -144,7 +144,8 @@ def test_how_many_stay_is_a_multiple() -> None:
     size = len(full("byte level"))
     found = counts("byte level", pieces())
     least = choose(tokens, tokens.base, found, size)
-    padded = choose(tokens, tokens.base, found, size + 60, multiple=64)
+    # As many rows as a multiple may ever lack: what the tokenizer learnt differs from run to run.
+    padded = choose(tokens, tokens.base, found, size + 64, multiple=64)
     assert len(padded) % 64 == 0 and set(least) < set(padded)
     spare = [one for one in padded if one >= size]
     assert spare == list(range(size, size + len(padded) - len(least)))  # rows without a token first
