@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon import exporting
 from surgeon.errors import Code, SurgeonError
@@ -12,6 +12,9 @@ from surgeon.opening import Model, open_model
 from surgeon.report import facts as f
 from surgeon.runtime.placing import DeviceMap, load_placed
 from surgeon.viewing import costs_of
+
+if TYPE_CHECKING:
+    from surgeon.capture.source import Source
 
 _UNCAPTURED = (Code.CAPTURE_FAILED, Code.DATA_DEPENDENT, Code.BAD_PROGRAM)
 """Refusals of an analysis that don't keep a model from running."""
@@ -158,19 +161,15 @@ def _open_source(
 
         assert refusal is not None
         source = resolve(model, trust_remote_code=trust)
-        if placing is None:
-            run = exporting.load_to_measure(model, device=device, trust_remote_code=trust)
-        else:
-            run = load_placed(source, placing.device_map, placing.offload)
+        run = _placed(source, placing) or exporting.load_to_measure(
+            model, device=device, trust_remote_code=trust
+        )
         found = f.Facts(_kind(source.kind), source.model_class.__name__)
         found = found.without(_reason(refusal), *_DERIVED)
     else:
         source = opened.source
         assert source is not None
-        if placing is None:
-            run = exporting.load_opened(opened, device=device)
-        else:
-            run = load_placed(source, placing.device_map, placing.offload)
+        run = _placed(source, placing) or exporting.load_opened(opened, device=device)
         architecture = source.model_class.__name__
         found = f.of_program(
             _kind(source.kind), architecture, opened.axes, costs_of(opened), opened.read
@@ -182,6 +181,11 @@ def _open_source(
     else:
         found = found.without("it was given as an object in memory", "disk_bytes")
     return Ready(run, source.load_tokenizer() or tokenizer, found)
+
+
+def _placed(source: Source, placing: Placing | None) -> Any:
+    """Returns the model dealt out to devices, None where that isn't asked for."""
+    return placing and load_placed(source, placing.device_map, placing.offload)
 
 
 def _kind(kind: str) -> str:

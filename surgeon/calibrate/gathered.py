@@ -334,9 +334,9 @@ class Gathered:
         """
         program, ids = self.axes.program, self._parted(hold_out)[1]
         streams = [] if hold_out else self._known.streams
-        if not streams:
-            streams = streams_of(program, self.read, ids, self.machine)
-            self._known.streams = self._known.streams if hold_out else streams
+        streams = streams or streams_of(program, self.read, ids, self.machine)
+        if not hold_out:
+            self._known.streams = streams
         now = rewritten(self.get, self.pruned)
         return distilled(
             self.axes,
