@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
@@ -101,6 +102,20 @@ class Builder:
         made = self.value(name, dtype, shape)
         self.inputs.append(made)
         return made
+
+    @contextmanager
+    def inside(self, program: Program) -> Iterator[list[ir.Node]]:
+        """Lowers another program into an inner graph, which sees the values of the outer one.
+
+        Yields the list that nodes go to. What is made there is not known outside.
+        """
+        outer = (self.program, self.nodes, self.env, self._casts)
+        self.program, self.nodes = program, []
+        self.env, self._casts = dict(self.env), dict(self._casts)
+        try:
+            yield self.nodes
+        finally:
+            self.program, self.nodes, self.env, self._casts = outer
 
     # --- nodes -----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from surgeon.emit.ort.activations import activations
 from surgeon.emit.ort.build import CONTRIB, FLOATS, OPSET, Builder
 from surgeon.emit.ort.cache import BATCH, IDS, LOGITS, MASK, NEW, Slot, Steps
+from surgeon.emit.ort.experts import lower_mixture, mixtures
 from surgeon.emit.ort.graph import Get, Graph, without_constants
 from surgeon.emit.ort.grouped import GROUPED, grouped
 from surgeon.emit.ort.match import kind
@@ -99,11 +100,17 @@ def lower_decoder(program: Program, get: Get, *, style: str, dtype: str, positio
     masks = _masks(program)
     table = lowerings()
     first = _first_rows(program, str(new)) if _has_grouped(program) else None
-    for op in program.ops:
+    mixed, within = mixtures(program)
+    for index, op in enumerate(program.ops):
         b.op = op
         if masks.issuperset(op.outputs):
             continue
         _stepwise(b, op, str(new))
+        if index in within:
+            if index in mixed:
+                b.env[op.outputs[0]] = lower_mixture(b, mixed[index])
+                _typed(b, op, 0, b.env[op.outputs[0]])
+            continue
         if any(isinstance(r, Ref) and r.name == POSITIONS for r in op_refs(op)):
             b.env[POSITIONS] = steps.positions()
         rule = table.get(op.target)
@@ -189,8 +196,7 @@ def _stepwise(b: Builder, op: Op, new: str) -> None:
     """Refuses what mixes tokens by other means than attention: a step sees the new ones only."""
     for type_ in op.types:
         dynamic = [s for s in type_.shape if isinstance(s, str) and new in _words(s)]
-        merged = kind(op) in ("view", "reshape") or len(type_.shape) == 2
-        plain = all(s == new or (merged and s.count("*") == 1) for s in dynamic)
+        plain = all(s == new or s.count("*") == 1 for s in dynamic)
         if len(dynamic) > 1 or not plain:
             raise b.refused("its result has tokens along other than one dimension")
         reads = [r for r in op_refs(op) if isinstance(r, Ref)]

@@ -89,6 +89,14 @@ def logic(b: Builder, op: Op) -> Any:
     return b.node(_LOGIC[_kind(op)], [b.arg(a) for a in op.args])
 
 
+@lowers("aten.bitwise_not.default")
+def inverted(b: Builder, op: Op) -> Any:
+    """The other truth value."""
+    if b.program.type_of(op.arg(0)).dtype != "bool":
+        raise b.refused("bits of integers have no rule")
+    return b.node("Not", [b.arg(op.arg(0))])
+
+
 @lowers(*(f"aten.{n}.{o}" for n in _COMPARE for o in ("Tensor", "Scalar")))
 def compare(b: Builder, op: Op) -> Any:
     """Truth values from two operands of the first one's type."""

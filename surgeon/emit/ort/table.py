@@ -14,7 +14,7 @@ Lowering = Callable[[Builder, Op], Any]
 """Adds the nodes of an operation and returns its value, or a tuple of its values."""
 
 _RULES: dict[str, Lowering] = {}
-_FILES = ("pointwise", "linear", "shape", "reduce", "fused", "attention")
+_FILES = ("pointwise", "linear", "shape", "reduce", "fused", "attention", "routing")
 
 
 def lowers(*targets: str) -> Callable[[Lowering], Lowering]:
