@@ -28,14 +28,13 @@ def _table(options: argparse.Namespace) -> int:
     from functools import partial
 
     from tools.conformance.apart import each
-    from tools.conformance.measure import DECODERS, MODULES, measure
-    from tools.conformance.table import HEAD, PATH, read, row, text, updated
+    from tools.conformance.measure import measure
+    from tools.conformance.table import HEAD, NAMES, PATH, read, row, text, updated
 
-    known = (*DECODERS, *MODULES)
-    names = options.names or known
-    unknown = [name for name in names if name not in known]
+    names = options.names or NAMES
+    unknown = [name for name in names if name not in NAMES]
     if unknown:
-        print(f"not in the table: {', '.join(unknown)}; there are {', '.join(known)}")
+        print(f"not in the table: {', '.join(unknown)}; there are {', '.join(NAMES)}")
         return 2
     failed = 0
     print(" | ".join(HEAD), flush=True)

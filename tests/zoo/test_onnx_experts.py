@@ -111,4 +111,3 @@ def test_an_expert_that_is_sent_nothing_is_not_computed():
         feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
     found = torch.from_numpy(session.run(None, feed)[0])
     assert float((found - wanted).abs().max() / wanted.abs().max()) < TOLERANCE
-

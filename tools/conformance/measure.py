@@ -20,10 +20,11 @@ from surgeon.ir import Program
 from surgeon.opening import Model, open_model
 from surgeon.pipeline import Pruned, prune
 from surgeon.report import verify as v
-from tests import families, models
+from tests import families, mixtures, models
 from tests.exactness import Subject, left_padded
 
 DECODERS = (*models.ARCHITECTURES, *families.DECODERS)
+MIXTURES = tuple(mixtures.MIXTURES)
 MODULES = tuple(families.MODULES)
 SHARE = 0.34
 SHARES = {"hidden": 0.25, "layers": 0.5}
@@ -200,8 +201,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _opened(name: str) -> tuple[Model, tuple[torch.Tensor, ...], bool]:
-    if name in DECODERS:
-        return open_model(families.decoder(name)), left_padded(), True
+    if name in (*DECODERS, *MIXTURES):
+        model = families.decoder(name) if name in DECODERS else mixtures.tiny(name)
+        return open_model(model), left_padded(), True
     module, inputs = families.module(name)
     return open_model(module, example_inputs=inputs), inputs, False
 
@@ -210,7 +212,7 @@ def measure(name: str, *, graphs: bool = True) -> Line:
     """Returns what holds of an architecture.
 
     Args:
-        name: of `DECODERS` or `MODULES`.
+        name: of `DECODERS`, `MIXTURES` or `MODULES`.
         graphs: also write `.pt2` and ONNX files of the model with every role cut.
     """
     start = time.process_time()

@@ -7,11 +7,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.conformance.measure import CLASS, DECODERS, FILE, GRAPH, MODULES, PINNED, WRONG, Line
+from tools.conformance.measure import (
+    CLASS,
+    DECODERS,
+    FILE,
+    GRAPH,
+    MIXTURES,
+    MODULES,
+    PINNED,
+    WRONG,
+    Line,
+)
 
 PATH = Path(__file__).parents[2] / "docs" / "conformance.md"
-COLUMNS = ("hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn", "channels", "width")
-HEAD = ("architecture", *COLUMNS, "layers", "pt2", "ONNX", "largest difference")
+NAMES = (*DECODERS, *MIXTURES, *MODULES)
+COLUMNS = ("hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn", "experts", "channels")
+HEAD = ("architecture", *COLUMNS, "width", "layers", "pt2", "ONNX", "largest difference")
 RANK = {"": 1, "refused": 0, WRONG: 0, PINNED: 1, GRAPH: 2, FILE: 3, CLASS: 4}
 """What is better than what. A role that isn't found is no worse than one that can't be cut."""
 
@@ -94,7 +105,7 @@ def read(path: Path = PATH) -> Table:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.splitlines():
         cells = tuple(cell.strip() for cell in line.strip("|").split("|"))
-        if len(cells) == len(HEAD) and cells[0] in (*DECODERS, *MODULES):
+        if len(cells) == len(HEAD) and cells[0] in NAMES:
             table.rows[cells[0]] = cells
         elif found := re.fullmatch(r"- \*\*(\w+)\*\*: (.+)", line):
             table.remarks.setdefault(found[1], []).append(found[2])
@@ -104,17 +115,18 @@ def read(path: Path = PATH) -> Table:
 def text(table: Table) -> str:
     """Returns the document."""
     out = [INTRO]
-    for heading, names in (("Decoders", DECODERS), ("Encoders and convolutions", MODULES)):
+    sections = {
+        "Decoders": DECODERS,
+        "Mixtures of experts": MIXTURES,
+        "Encoders and convolutions": MODULES,
+    }
+    for heading, names in sections.items():
         rows = [table.rows[name] for name in names if name in table.rows]
         if not rows:
             continue
         out += [f"## {heading}\n", _line(HEAD), _line(["---"] * len(HEAD))]
         out += [*map(_line, rows), ""]
-    notes = [
-        f"- **{name}**: {note}"
-        for name in (*DECODERS, *MODULES)
-        for note in table.remarks.get(name, ())
-    ]
+    notes = [f"- **{name}**: {note}" for name in NAMES for note in table.remarks.get(name, ())]
     if notes:
         out += ["## Why not\n", *notes, ""]
     return "\n".join(out)
