@@ -21,8 +21,8 @@ from tools.conformance.measure import (
 
 PATH = Path(__file__).parents[2] / "docs" / "conformance.md"
 NAMES = (*DECODERS, *MIXTURES, *MODULES)
-COLUMNS = ("hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn", "experts", "channels")
-HEAD = ("architecture", *COLUMNS, "width", "layers", "pt2", "ONNX", "largest difference")
+ROLES = ("hidden", "kv_heads", "q_per_kv", "rotary", "qk", "v", "ffn", "experts", "expert_groups")
+HEAD = ("architecture", *ROLES, "channels", "width", "layers", "pt2", "ONNX", "largest difference")
 RANK = {"": 1, "refused": 0, WRONG: 0, PINNED: 1, GRAPH: 2, FILE: 3, CLASS: 4}
 """What is better than what. A role that isn't found is no worse than one that can't be cut."""
 
