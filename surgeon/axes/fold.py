@@ -173,7 +173,7 @@ def _relate(system: _System, op: Op, average: bool) -> None:
             system.add(_terms([a], [out]), zero, op.where)
     elif op.target == "aten.mean.dim":
         system.add(_terms([a], outs), Fraction(2 if average else 0), op.where)
-    elif op.target == "aten.cat.default":
+    elif op.target in ("aten.cat.default", "aten.concat.default"):
         assert isinstance(a, tuple)
         for piece in a:
             system.add(_terms([piece], outs), zero, op.where)

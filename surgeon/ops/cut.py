@@ -171,7 +171,7 @@ def _cat_vanish(f: Flow) -> Atoms:
     return carried - broken
 
 
-@rule("aten.cat.default", vanish=_cat_vanish)
+@rule("aten.cat.default", "aten.concat.default", vanish=_cat_vanish)
 def cat(c: Context) -> None:
     """Joins dimensions into a sum; the others are the same for every piece."""
     out = c.out()

@@ -152,7 +152,7 @@ def _spans(c: Context, operand: Ref | ParamRef, out_dim: int) -> bool:
 
 
 rule(
-    *("aten.add.Tensor", "aten.sub.Tensor", "aten.add.Scalar", "aten.sub.Scalar"),
+    *(f"aten.{name}.{kind}" for name in ("add", "sub", "rsub") for kind in ("Tensor", "Scalar")),
     vanish=_sum_vanish,
 )(_same_basis)
 
@@ -302,7 +302,7 @@ rule(
 )(_pointwise)
 rule("aten.pow.Tensor_Tensor", vanish=_power_of_vanish)(_pointwise)
 rule("aten.masked_fill.Scalar", "aten.masked_fill.Tensor", vanish=_filled_vanish)(_pointwise)
-rule("aten.clamp.default", vanish=_clamp_vanish)(_pointwise)
+rule("aten.clamp.default", "aten.clamp.Tensor", vanish=_clamp_vanish)(_pointwise)
 rule(
     *("aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other"),
     vanish=_every_vanish,

@@ -32,6 +32,7 @@ UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cos": torch.cos,
     "exp": lambda x: torch.exp(torch.sin(x)),
     "plus_one": lambda x: x + 1.0,
+    "one_less": lambda x: 1.0 - x,
     "reciprocal": lambda x: torch.reciprocal(x.abs() + 0.5),
     "log": lambda x: torch.log(x.abs() + 0.5),
     "rsqrt": lambda x: torch.rsqrt(x.pow(2) + 0.1),
@@ -47,6 +48,7 @@ BINARY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mul": torch.mul,
     "div": torch.div,
     "maximum": torch.maximum,
+    "bounded": lambda a, b: torch.clamp(a, max=b),
     "where": lambda a, b: torch.where(a > b, a, b),
 }
 

@@ -57,6 +57,7 @@ RULES = {
         None,
     ),
     "plus zero": ("%2: f32[batch, 6] = aten.add.Tensor(%1, 0)", "%2", "permutation", None),
+    "one less": ("%2: f32[batch, 6] = aten.rsub.Scalar(%1, 1)", "%2", "permutation", None),
     "plus one": (
         # The weight that contracts it is masked as well, so nothing is left behind.
         "%2: f32[batch, 6] = aten.add.Tensor(%1, 1.0)",

@@ -120,7 +120,7 @@ def expand(b: Builder, op: Op) -> Any:
     return b.node("Expand", [b.arg(op.arg(0), b.wanted(op)), b.ints(*shape)])
 
 
-@lowers("aten.cat.default")
+@lowers("aten.cat.default", "aten.concat.default")
 def cat(b: Builder, op: Op) -> Any:
     """Pieces one after the other."""
     pieces, dim = op.arg(0), op.arg(1, 0)
