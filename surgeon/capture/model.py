@@ -183,11 +183,17 @@ def _failure(where: str, error: Exception) -> SurgeonError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     name = type(error).__name__
     guard = "DataDependent" in name or "data-dependent" in str(error)
+    why = f"{name}: {first[:300]}"
+    if "Constraints violated" in first:  # torch goes on with lines of hints for its own users
+        why = (
+            "its code runs for texts of one length only, as a recurrence over tokens or over chunks "
+            f"of a fixed length does ({name} of torch.export: the size of a dimension is fixed)"
+        )
     return SurgeonError(
         Code.DATA_DEPENDENT if guard else Code.CAPTURE_FAILED,
         f"torch.export can't trace {where}",
         at=where,
-        why=f"{name}: {first[:300]}",
+        why=why,
         try_="check that the model runs on a batch of token ids without a cache; "
         "models that branch on data can't be captured",
     )

@@ -314,9 +314,17 @@ class Broken(LlamaForCausalLM):
         raise ValueError("out of order")
 
 
+class Recurrent(LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        for i in range(1, input_ids.shape[1]):
+            input_ids = input_ids + input_ids[:, i - 1 : i]
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
 @pytest.mark.parametrize(
     "cls, code, words",
     [
+        (Recurrent, Code.CAPTURE_FAILED, "texts of one length only"),
         (Branching, Code.DATA_DEPENDENT, "data"),
         (Broken, Code.CAPTURE_FAILED, "ValueError: out of order"),
     ],

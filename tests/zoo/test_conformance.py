@@ -82,6 +82,6 @@ def test_a_configuration_is_shrunk_in_depth_only():
         "hidden_size": 4096,
         "num_hidden_layers": 2,
         "layer_types": ["full", "full"],
-        "n_routed_experts": 8,
+        "n_routed_experts": 16,
         "text_config": {"n_layer": 2, "vocab_size": 50000},
     }

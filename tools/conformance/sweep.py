@@ -13,8 +13,10 @@ from tools.conformance.apart import each
 
 LAYERS = re.compile(r"(^|_)(n_|num_)?(hidden_|decoder_|encoder_)?(layers?|blocks)$")
 EXPERTS = re.compile(r"experts?$")
-FEW = 2
-"""Layers that are left; sizes stay, since nothing but shapes is traced."""
+FEW, MANY = 2, 16
+"""Layers and experts that are left, more experts than any router chooses at once; other sizes stay,
+since nothing but shapes is traced.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def shrunk(fields: dict[str, Any]) -> dict[str, Any]:
             out[key] = shrunk(value)
         elif LAYERS.search(key) and type(value) is int:
             out[key] = min(value, FEW)
-        elif EXPERTS.search(key) and type(value) is int and value > 8:
-            out[key] = 8
+        elif EXPERTS.search(key) and type(value) is int and value > MANY:
+            out[key] = MANY
         elif isinstance(value, list) and len(value) in counts:
             out[key] = value[:FEW]
         else:
