@@ -304,7 +304,8 @@ class Context:
         For passes that need `activations: sequential`. A `Pair` holds what the parameter's input
         is in the dense model and in the pruned one, whose earlier parameters are replaced already.
         Without `cross` it lacks the products of both where `wanted` says what is to be made. Of
-        the windows a share `hold_out`, the last ones, is left out.
+        the windows a share `hold_out`, the last ones, is what gains are learnt on afterwards: what
+        is solved for with all windows is returned, what is without these is kept for `distilled`.
         """
         return self.data.sequential(plan, tuple(params), solve, cross=cross, hold_out=hold_out)
 
@@ -315,7 +316,8 @@ class Context:
 
         For passes that need `activations: distillation`. A gain multiplies a channel of what a map
         reads or makes; gains are learnt so that the smaller model predicts what the dense one does,
-        on the share `hold_out` of the windows that `sequential` left out, or on all.
+        on the share `hold_out` of the windows and in the model that `sequential` solved for without
+        them, or on all windows.
         """
         return self.data.distilled(
             plan, rate=rate, epochs=epochs, windows=windows, hold_out=hold_out

@@ -38,8 +38,8 @@ class LeastSquares(CompensatePass):
     after it be the dense model's, or that what it adds be."""
 
     hold_out: float = 0.0
-    """Share of the calibration windows, the last ones, that is left to passes after this one: of
-    the error on other texts, what a window tells that weights were solved for on is too little."""
+    """Share of the calibration windows, the last ones, that gains are learnt on afterwards. All is
+    solved for twice then: without these windows for the gains' sake, and with all, which stays."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""

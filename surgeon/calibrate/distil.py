@@ -73,7 +73,7 @@ def distilled(
     axes: Axes,
     plan: Plan,
     dense: Get,
-    now: Get,
+    now: tuple[Get, Get],
     streams: Sequence[torch.Tensor],
     ids: torch.Tensor,
     schedule: Schedule,
@@ -87,7 +87,8 @@ def distilled(
         axes: of the dense model.
         plan: what is removed.
         dense: the dense model's weights.
-        now: the weights, in full size, that the plan is applied to.
+        now: the weights, in full size, that the plan is applied to while gains are learnt, and
+            those that the gains are put into.
         streams: what the dense model's last piece (the head) is given: [length, width] by window.
         ids: this process's token ids [samples, length], as `World.share` gives them; maybe none.
         schedule: steps, their size and number.
@@ -100,7 +101,8 @@ def distilled(
     world = machine.world
     head = Running(segments(axes.program)[-1], dense, world.device)
     gains, change = _gains(program, selection, world.device)
-    module = lower(program, lambda name: removed(selection, name, now(name)), change=change)
+    learns, gets = now
+    module = lower(program, lambda name: removed(selection, name, learns(name)), change=change)
     module = module.to(world.device)
     every = [g for pair in gains.values() for g in pair]
     adam = torch.optim.Adam(every, lr=schedule.rate, betas=(0.9, 0.98))
@@ -126,7 +128,7 @@ def distilled(
         world.add(total, *(g.grad for g in every if g.grad is not None))
         adam.step()
         divergences.append(float(total))
-    return _folded(program, selection, now, gains), tuple(divergences)
+    return _folded(program, selection, gets, gains), tuple(divergences)
 
 
 def streams_of(

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import torch
 
-from surgeon.axes.axes import Axes
 from surgeon.axes.consumers import consumers
 from surgeon.axes.contractions import Contraction, contractions
-from surgeon.axes.plan import Plan, Selection, dropped
-from surgeon.calibrate.data import Windows
-from surgeon.calibrate.distil import Schedule, distilled, streams_of
-from surgeon.calibrate.divergence import Divergence, Trial, divergences
 from surgeon.calibrate.gradients import Fisher, Gradients, there_and_back
-from surgeon.calibrate.loss import mean_loss
 from surgeon.calibrate.moments import Moments, together
-from surgeon.calibrate.parallel import join
 from surgeon.calibrate.routing import Routing, routes
-from surgeon.calibrate.running import TOKENS, Change, Get, Machine
 from surgeon.calibrate.segments import segments, unchanged
-from surgeon.calibrate.sequential import Solve, sequential
 from surgeon.calibrate.similarity import spans
+from surgeon.calibrate.smaller import OnData
 from surgeon.calibrate.statistics import walk
 from surgeon.calibrate.taps import Asked
 from surgeon.errors import Code, SurgeonError, near
-from surgeon.runtime.apply import kept_only, masked, rewritten
 
 EXTRA_BYTES = 2**30
 """What is gathered besides what is asked for, as it will be asked for next, may take so much."""
-
-GRADIENT_WINDOWS = 12
-"""Windows that the loss's gradients are taken on: of 64 windows of 512 tokens these are 6,000. What
-every piece was given is kept for them on the way back."""
-
-TRIAL_WINDOWS = 3
-"""Windows that the divergence of trials is taken on. They are the last: the walk with gradients,
-and what is gathered on it, has not seen them unless there are few."""
 
 WIDEST = 8192
 """Maps with more outputs than this have no Fisher matrix gathered unless it is asked for."""
@@ -56,7 +38,6 @@ class _Known:
     fisher: dict[str, Fisher] = field(default_factory=dict[str, Fisher])
     similarity: dict[str, float] = field(default_factory=dict[str, float])
     routing: dict[str, Routing] = field(default_factory=dict[str, Routing])
-    streams: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
     def of(self, values: Collection[str]) -> _Known:
         """Returns what is known of some values, and nothing of parameters or branches."""
@@ -67,54 +48,16 @@ class _Known:
         )
 
 
-class Gathered:
-    """A model on calibration windows, as the protocol `Calibration` describes it.
+class Gathered(OnData):
+    """A model on calibration windows, as the protocol `Calibration` describes it."""
 
-    Args:
-        axes: of the model.
-        get: its weights in fp32.
-        windows: token ids [samples, length].
-        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
-        offload: a folder where states between pieces are kept, so that windows and layers without
-            number need no more memory; they stay in memory without it.
-        loss_windows: how many windows the loss is taken over; all without it.
-        gradient_windows: how many windows the loss's gradients are taken on, with what is gathered
-            on the same walk; it costs three times what a walk forwards does.
-        notes: gets what there is to say to the user.
-        tokens: how many go through a piece at a time, rounded to whole windows.
-    """
+    @cached_property
+    def _known(self) -> _Known:
+        return _Known()
 
-    def __init__(
-        self,
-        axes: Axes,
-        get: Get,
-        windows: Windows,
-        *,
-        device: str = "cpu",
-        offload: Path | None = None,
-        loss_windows: int | None = None,
-        gradient_windows: int = GRADIENT_WINDOWS,
-        notes: list[str] | None = None,
-        tokens: int = TOKENS,
-    ) -> None:
-        self.axes, self.get, self.windows = axes, get, windows
-        if device != "cpu":
-            from surgeon.runtime.device import choose_torch_device
-
-            device = choose_torch_device(device).name
-        self.machine = Machine(join(device), offload, tokens)
-        every = torch.from_numpy(windows.ids)
-        self.ids = self.machine.world.share(every)
-        self.loss_ids = self.machine.world.share(every[:loss_windows])
-        self.gradient_ids = self.machine.world.share(every[:gradient_windows])
-        self.trial_ids = self.machine.world.share(every[-TRIAL_WINDOWS:])
-        self._gradient_tokens = every[:gradient_windows].numel()
-        self.notes = [] if notes is None else notes
-        self.dense: Mapping[str, torch.Tensor] = {}
-        self.pruned: Mapping[str, torch.Tensor] = {}
-        self._known = _Known()
-        self._expected: frozenset[str] = frozenset()
-        self._maps = contractions(axes.program)
+    @cached_property
+    def _maps(self) -> tuple[Contraction, ...]:
+        return contractions(self.axes.program)
 
     # --- between passes --------------------------------------------------------------------------
 
@@ -132,6 +75,8 @@ class Gathered:
         """
         made = copy(self)
         made.pruned = {**self.pruned, **rewrites}
+        if rewrites.keys() != self._apart[1].keys():
+            made._apart = (0.0, {})  # they are of a model that other passes have changed since
         if dense and rewrites:
             made.dense = {**self.dense, **rewrites}
             same = unchanged(segments(self.axes.program), rewrites) if exact else frozenset[str]()
@@ -150,10 +95,6 @@ class Gathered:
             self._known.fisher.clear()
         if "gradients: weights" not in self._expected:
             self._known.gradients.clear()
-
-    def read(self, name: str) -> torch.Tensor:
-        """Returns a parameter of the dense model, fp32."""
-        return _fp32(rewritten(self.get, self.dense)(name))
 
     # --- what passes ask for ---------------------------------------------------------------------
 
@@ -233,139 +174,7 @@ class Gathered:
             self._forward(Asked(routes=found))
         return dict(self._known.routing)
 
-    def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
-        """Returns the masked model's mean negative log-likelihood of a predicted token, in nats.
-
-        Args:
-            plan: what is masked.
-            rewrites: tensors that replace those of the pruned model before they are masked.
-        """
-        now = rewritten(self.get, {**self.pruned, **(rewrites or {})})
-        mask, change = self._masking(plan)
-        machine, program = self.machine, self.axes.program
-        return mean_loss(
-            program, lambda n: mask(n, _fp32(now(n))), self.loss_ids, machine, change=change
-        )
-
-    def divergences(
-        self, trials: Iterable[tuple[Plan, Callable[[str], Any]]]
-    ) -> tuple[Divergence, ...]:
-        """Returns how far the dense model's predictions move under each of several plans.
-
-        Args:
-            trials: what is masked, and what gives the tensor that replaces a parameter before it
-                is masked, or None; it is called when the parameter is read.
-        """
-        machine, program = self.machine, self.axes.program
-        made = [self._trial(plan, new) for plan, new in trials]
-        return divergences(program, self.read, made, self.trial_ids, machine)
-
-    def _trial(self, plan: Plan, replaced: Callable[[str], Any]) -> Trial:
-        mask, change = self._masking(plan)
-        selection, silent = Selection(self.axes, plan), dropped(self.axes, plan)
-        names = (p.name for p in self.axes.program.params)
-        touched = {n for n in names if any(k is not None for k in selection.kept(n))}
-
-        def get(name: str) -> torch.Tensor:
-            found = replaced(name) if name in touched else None
-            return mask(name, self.read(name) if found is None else _fp32(found))
-
-        return Trial(get, frozenset(touched | set(silent)), change)
-
-    def sequential(
-        self,
-        plan: Plan,
-        params: Sequence[str],
-        solve: Solve,
-        *,
-        cross: bool = True,
-        hold_out: float = 0.0,
-    ) -> Mapping[str, Any]:
-        """Returns the parameters solved for, each on what those before it produce.
-
-        Args:
-            plan: what is removed.
-            params: to solve for.
-            solve: from a name and a `Pair` to the tensor that replaces the parameter.
-            cross: as `surgeon.calibrate.sequential` describes it.
-            hold_out: share of the windows that takes no part: the last ones.
-
-        Raises:
-            SurgeonError: `bad-option` where a share of the windows would be none, or all.
-        """
-        mask, change = self._masking(plan)
-        now = rewritten(self.get, self.pruned)
-        # Who distils afterwards wants the dense stream at the head, which this walk comes by.
-        distils = "activations: distillation" in self._expected and not hold_out
-        streams: list[torch.Tensor] | None = [] if distils else None
-        found = sequential(
-            self.axes.program,
-            self.read,
-            lambda name: _fp32(now(name)),
-            mask,
-            self._parted(hold_out)[0],
-            params,
-            solve,
-            self.machine,
-            change=change,
-            cross=cross,
-            streams=streams,
-        )
-        self._known.streams = streams or self._known.streams
-        return found
-
-    def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float = 0.0
-    ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
-        """Returns maps with gains in their rows and columns, learnt from the dense model.
-
-        Args:
-            plan: what is removed; the smaller model is what learns.
-            rate: Adam's largest step size.
-            epochs: times that every window is seen.
-            windows: in a step.
-            hold_out: share of the windows that is learnt from, the last ones; 0 for all of them.
-
-        Returns:
-            The tensors in full size, and the divergence from the dense model at every step, nats.
-
-        Raises:
-            SurgeonError: `bad-option` where a share of the windows would be none, or all.
-        """
-        program, ids = self.axes.program, self._parted(hold_out)[1]
-        streams = [] if hold_out else self._known.streams
-        streams = streams or streams_of(program, self.read, ids, self.machine)
-        if not hold_out:
-            self._known.streams = streams
-        now = rewritten(self.get, self.pruned)
-        return distilled(
-            self.axes,
-            plan,
-            self.read,
-            lambda name: _fp32(now(name)),
-            streams,
-            ids,
-            Schedule(rate, epochs, windows),
-            self.machine,
-        )
-
     # --- how it is gathered ----------------------------------------------------------------------
-
-    def _parted(self, hold_out: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns this process's windows but the last ones, and those; without a share, all."""
-        every, world = torch.from_numpy(self.windows.ids), self.machine.world
-        if not hold_out:
-            return self.ids, self.ids
-        first = len(every) - round(hold_out * len(every))
-        if not 0 < first < len(every):
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                "the calibration windows can't be parted",
-                at=f"hold_out: {hold_out:g}",
-                why=f"of {len(every)} windows that leaves {first} and {len(every) - first}",
-                try_="more windows (--samples), or hold_out: 0 to use all of them twice",
-            )
-        return world.share(every[:first]), world.share(every[first:])
 
     @property
     def _made(self) -> Mapping[str, int]:
@@ -376,19 +185,6 @@ class Gathered:
         if not found:
             raise _unknown(param, "nothing is multiplied with a parameter of that name")
         return found
-
-    def _masking(
-        self, plan: Plan
-    ) -> tuple[Callable[[str, torch.Tensor], torch.Tensor], Change | None]:
-        """Returns what masks parameters, and normalisers that see kept channels only."""
-        selection = Selection(self.axes, plan)
-        silent = dropped(self.axes, plan)
-
-        def mask(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            # A branch whose every parameter is zero adds nothing: that is what dropping it does.
-            return torch.zeros_like(tensor) if name in silent else masked(selection, name, tensor)
-
-        return mask, lambda where: kept_only(self.axes, selection, where)
 
     def _moments(
         self, values: Mapping[str, Sequence[str]], params: Sequence[str], full: bool
@@ -507,10 +303,6 @@ class Gathered:
         )
         if widest > tokens and note not in self.notes:
             self.notes.append(note)
-
-
-def _fp32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _averaged(found: Sequence[Fisher]) -> Fisher:

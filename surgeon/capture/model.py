@@ -186,8 +186,8 @@ def _failure(where: str, error: Exception) -> SurgeonError:
     why = f"{name}: {first[:300]}"
     if "Constraints violated" in first:  # torch goes on with lines of hints for its own users
         why = (
-            "its code runs for texts of one length only, as a recurrence over tokens or over chunks "
-            f"of a fixed length does ({name} of torch.export: the size of a dimension is fixed)"
+            "its code runs for texts of one length only, as a recurrence over tokens or chunks of "
+            f"a fixed length does ({name} of torch.export: the size of a dimension is fixed)"
         )
     return SurgeonError(
         Code.DATA_DEPENDENT if guard else Code.CAPTURE_FAILED,

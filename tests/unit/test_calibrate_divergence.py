@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from surgeon.axes.plan import Plan, Selection, cut, dropped
-from surgeon.calibrate import gathered as module
+from surgeon.calibrate import smaller as module
 from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.apply import kept_only, masked
 from tests.calibrated import data, origin, run

@@ -55,6 +55,7 @@ def numbers(axes, get, ids):
         found[f"{name} count"] = torch.tensor(pair.count)
         return get(name) + 1e-3 * (pair.cross - pair.pruned).float()[: len(get(name))]
     held = (0.4, 0.6) if len(ids) > 1 else (0, 0)
+    data.expect(["activations: distillation"])
     for name, tensor in data.sequential(plan, names, solve, hold_out=held[0]).items():
         found[f"{name} solved"] = tensor
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,7 +104,7 @@ class Builder:
         return made
 
     @contextmanager
-    def inside(self, program: Program) -> Iterator[list[ir.Node]]:
+    def inside(self, program: Program) -> Generator[list[ir.Node]]:
         """Lowers another program into an inner graph, which sees the values of the outer one.
 
         Yields the list that nodes go to. What is made there is not known outside.

@@ -1,0 +1,245 @@
+"""What passes ask of a smaller model on calibration data: how it does, and what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgeon.axes.axes import Axes
+from surgeon.axes.plan import Plan, Selection, dropped
+from surgeon.calibrate.data import Windows
+from surgeon.calibrate.distil import Schedule, distilled, streams_of
+from surgeon.calibrate.divergence import Divergence, Trial, divergences
+from surgeon.calibrate.loss import mean_loss
+from surgeon.calibrate.parallel import join
+from surgeon.calibrate.running import TOKENS, Change, Get, Machine
+from surgeon.calibrate.sequential import Solve, sequential
+from surgeon.errors import Code, SurgeonError
+from surgeon.runtime.apply import kept_only, masked, rewritten
+
+GRADIENT_WINDOWS = 12
+"""Windows that the loss's gradients are taken on: of 64 windows of 512 tokens these are 6,000. What
+every piece was given is kept for them on the way back."""
+
+TRIAL_WINDOWS = 3
+"""Windows that the divergence of trials is taken on. They are the last: the walk with gradients,
+and what is gathered on it, has not seen them unless there are few."""
+
+
+class OnData:
+    """A model and what becomes of it, on calibration windows.
+
+    Args:
+        axes: of the model.
+        get: its weights in fp32.
+        windows: token ids [samples, length].
+        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+        offload: a folder where states between pieces are kept, so that windows and layers without
+            number need no more memory; they stay in memory without it.
+        loss_windows: how many windows the loss is taken over; all without it.
+        gradient_windows: how many windows the loss's gradients are taken on, with what is gathered
+            on the same walk; it costs three times what a walk forwards does.
+        notes: gets what there is to say to the user.
+        tokens: how many go through a piece at a time, rounded to whole windows.
+    """
+
+    def __init__(
+        self,
+        axes: Axes,
+        get: Get,
+        windows: Windows,
+        *,
+        device: str = "cpu",
+        offload: Path | None = None,
+        loss_windows: int | None = None,
+        gradient_windows: int = GRADIENT_WINDOWS,
+        notes: list[str] | None = None,
+        tokens: int = TOKENS,
+    ) -> None:
+        self.axes, self.get, self.windows = axes, get, windows
+        if device != "cpu":
+            from surgeon.runtime.device import choose_torch_device
+
+            device = choose_torch_device(device).name
+        self.machine = Machine(join(device), offload, tokens)
+        every = torch.from_numpy(windows.ids)
+        self.ids = self.machine.world.share(every)
+        self.loss_ids = self.machine.world.share(every[:loss_windows])
+        self.gradient_ids = self.machine.world.share(every[:gradient_windows])
+        self.trial_ids = self.machine.world.share(every[-TRIAL_WINDOWS:])
+        self._gradient_tokens = every[:gradient_windows].numel()
+        self.notes = [] if notes is None else notes
+        self.dense: Mapping[str, torch.Tensor] = {}
+        self.pruned: Mapping[str, torch.Tensor] = {}
+        self._streams: list[torch.Tensor] = []
+        self._apart: tuple[float, Mapping[str, torch.Tensor]] = (0.0, {})
+        self._expected: frozenset[str] = frozenset()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a parameter of the dense model, fp32."""
+        return _fp32(rewritten(self.get, self.dense)(name))
+
+    def loss(self, plan: Plan, rewrites: Mapping[str, Any] | None = None) -> float:
+        """Returns the masked model's mean negative log-likelihood of a predicted token, in nats.
+
+        Args:
+            plan: what is masked.
+            rewrites: tensors that replace those of the pruned model before they are masked.
+        """
+        now = rewritten(self.get, {**self.pruned, **(rewrites or {})})
+        mask, change = self._masking(plan)
+        machine, program = self.machine, self.axes.program
+        return mean_loss(
+            program, lambda n: mask(n, _fp32(now(n))), self.loss_ids, machine, change=change
+        )
+
+    def divergences(
+        self, trials: Iterable[tuple[Plan, Callable[[str], Any]]]
+    ) -> tuple[Divergence, ...]:
+        """Returns how far the dense model's predictions move under each of several plans.
+
+        Args:
+            trials: what is masked, and what gives the tensor that replaces a parameter before it
+                is masked, or None; it is called when the parameter is read.
+        """
+        machine, program = self.machine, self.axes.program
+        made = [self._trial(plan, new) for plan, new in trials]
+        return divergences(program, self.read, made, self.trial_ids, machine)
+
+    def _trial(self, plan: Plan, replaced: Callable[[str], Any]) -> Trial:
+        mask, change = self._masking(plan)
+        selection, silent = Selection(self.axes, plan), dropped(self.axes, plan)
+        names = (p.name for p in self.axes.program.params)
+        touched = {n for n in names if any(k is not None for k in selection.kept(n))}
+
+        def get(name: str) -> torch.Tensor:
+            found = replaced(name) if name in touched else None
+            return mask(name, self.read(name) if found is None else _fp32(found))
+
+        return Trial(get, frozenset(touched | set(silent)), change)
+
+    def sequential(
+        self,
+        plan: Plan,
+        params: Sequence[str],
+        solve: Solve,
+        *,
+        cross: bool = True,
+        hold_out: float = 0.0,
+    ) -> Mapping[str, Any]:
+        """Returns the parameters solved for, each on what those before it produce.
+
+        Args:
+            plan: what is removed.
+            params: to solve for.
+            solve: from a name and a `Pair` to the tensor that replaces the parameter.
+            cross: as `surgeon.calibrate.sequential` describes it.
+            hold_out: share of the windows, the last ones, that gains will be learnt on. Where they
+                are announced, all is solved for once more without these windows, so that
+                `distilled` can learn on what has not seen them.
+
+        Raises:
+            SurgeonError: `bad-option` where a share of the windows would be none, or all.
+        """
+        mask, change = self._masking(plan)
+        now = rewritten(self.get, self.pruned)
+
+        def solved(ids: torch.Tensor, streams: list[torch.Tensor] | None) -> Mapping[str, Any]:
+            return sequential(
+                self.axes.program,
+                self.read,
+                lambda name: _fp32(now(name)),
+                mask,
+                ids,
+                params,
+                solve,
+                self.machine,
+                change=change,
+                cross=cross,
+                streams=streams,
+            )
+
+        distils = "activations: distillation" in self._expected
+        without, _ = self._parted(hold_out)
+        if hold_out and distils:
+            self._apart = (hold_out, solved(without, None))
+        # Who distils afterwards wants the dense stream at the head, which this walk comes by.
+        streams: list[torch.Tensor] | None = [] if distils and not hold_out else None
+        found = solved(self.ids, streams)
+        self._streams = streams or self._streams
+        return found
+
+    def distilled(
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float = 0.0
+    ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
+        """Returns maps with gains in their rows and columns, learnt from the dense model.
+
+        Args:
+            plan: what is removed; the smaller model is what learns.
+            rate: Adam's largest step size.
+            epochs: times that every window is seen.
+            windows: in a step.
+            hold_out: share of the windows that is learnt from, the last ones; 0 for all of them.
+                What `sequential` solved for without them stands in the model that learns, and its
+                gains are then put into what was solved for with all.
+
+        Returns:
+            The tensors in full size, and the divergence from the dense model at every step, nats.
+
+        Raises:
+            SurgeonError: `bad-option` where a share of the windows would be none, or all.
+        """
+        program, ids = self.axes.program, self._parted(hold_out)[1]
+        streams = [] if hold_out else self._streams
+        streams = streams or streams_of(program, self.read, ids, self.machine)
+        if not hold_out:
+            self._streams = streams
+        share, apart = self._apart
+        now = rewritten(self.get, self.pruned)
+        learns = rewritten(self.get, {**self.pruned, **(apart if share == hold_out else {})})
+        return distilled(
+            self.axes,
+            plan,
+            self.read,
+            (lambda name: _fp32(learns(name)), lambda name: _fp32(now(name))),
+            streams,
+            ids,
+            Schedule(rate, epochs, windows),
+            self.machine,
+        )
+
+    def _parted(self, hold_out: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns this process's windows but the last ones, and those; without a share, all."""
+        every, world = torch.from_numpy(self.windows.ids), self.machine.world
+        if not hold_out:
+            return self.ids, self.ids
+        first = len(every) - round(hold_out * len(every))
+        if not 0 < first < len(every):
+            raise SurgeonError(
+                Code.BAD_OPTION,
+                "the calibration windows can't be parted",
+                at=f"hold_out: {hold_out:g}",
+                why=f"of {len(every)} windows that leaves {first} and {len(every) - first}",
+                try_="more windows (--samples), or hold_out: 0 to use all of them twice",
+            )
+        return world.share(every[:first]), world.share(every[first:])
+
+    def _masking(
+        self, plan: Plan
+    ) -> tuple[Callable[[str, torch.Tensor], torch.Tensor], Change | None]:
+        """Returns what masks parameters, and normalisers that see kept channels only."""
+        selection = Selection(self.axes, plan)
+        silent = dropped(self.axes, plan)
+
+        def mask(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            # A branch whose every parameter is zero adds nothing: that is what dropping it does.
+            return torch.zeros_like(tensor) if name in silent else masked(selection, name, tensor)
+
+        return mask, lambda where: kept_only(self.axes, selection, where)
+
+
+def _fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
