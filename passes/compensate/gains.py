@@ -10,8 +10,9 @@ any other text, three times as large. SmolLM2-135M, 20 % of the decoder, 64 wind
 perplexity of twelve of 1,024 from WikiText-2's test set that are not in the project's protocol:
 least squares on all 64, 41.5, and gains on the same, 40.8; least squares on 48, 42.1, and gains on
 the other 16, 40.5 (32 and 32: 43.2, 41.3); the gains learnt so, put into least squares on all 64,
-40.1 (39.9 with 32 held out). What can't be done is to solve for both on one walk, the layers before solved without the 16:
-60.2, as each layer makes up for the errors of those before it and of no others.
+40.1 (with 32 held out 39.9). What can't be done is to solve for both on one walk, on what layers
+solved without the 16 windows make: 60.2, as each layer makes up for the errors of those before it
+and of no others.
 
 Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Liu et al., Few-Shot
 Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, 2022 (IA³).
