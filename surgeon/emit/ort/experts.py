@@ -116,7 +116,7 @@ def _mixture(program: Program, end: int) -> tuple[Mixture, set[int]] | None:
     if share is None or _leaks(program, indices, end):
         return None
     body = _body(program, sorted(indices)[:-1], top.name, (*tokens, share), tuple(params))
-    if share not in _zeros(body, share, top.name):
+    if not _vanishes(body, share):
         return None
     return Mixture(end, body, tuple(tokens), share, tuple(params)), indices
 
@@ -168,20 +168,23 @@ def _own(param: str) -> str:
     return f"{param}[expert]"
 
 
-def _zeros(body: Program, share: str, top: str) -> frozenset[str]:
-    """Returns the share, if what is added up is zero where it is zero; else nothing."""
+def _vanishes(body: Program, share: str) -> bool:
+    """Whether what is added up is zero wherever the weights are."""
     zero: set[Arg] = {Ref(share)}
     for op in body.ops:
         operands = [a for a in op.args if isinstance(a, Ref | ParamRef)]
-        name = kind(op)
-        if (
-            (name == "mul" and any(a in zero for a in operands))
-            or (name in ("matmul", "div") and op.arg(0) in zero)
-            or (name in ("add", "sub") and len(operands) == 2 and all(a in zero for a in operands))
-            or (name in _KEEPS and op.arg(0) in zero)
-        ):
+        match kind(op):
+            case "mul":
+                found = not zero.isdisjoint(operands)
+            case "add" | "sub":
+                found = len(operands) == 2 and zero.issuperset(operands)
+            case "matmul" | "div":
+                found = op.arg(0) in zero
+            case name:
+                found = name in _KEEPS and op.arg(0) in zero
+        if found:
             zero.update(Ref(out) for out in op.outputs)
-    return frozenset({share}) if Ref(top) in zero else frozenset()
+    return Ref(body.outputs[0]) in zero
 
 
 def lower_mixture(b: Builder, mixture: Mixture) -> ir.Value:
