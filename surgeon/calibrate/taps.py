@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +51,14 @@ class Taps:
         values: those that the piece must give.
     """
 
-    def __init__(self, piece: Segment, own: Iterable[str], asked: Asked, held: Held) -> None:
+    def __init__(
+        self,
+        piece: Segment,
+        own: Iterable[str],
+        asked: Asked,
+        held: Held,
+        crossing: Collection[str],
+    ) -> None:
         self._held = held
         self._sums = {
             name: Sums(_width(piece, name), name in asked.second)
@@ -61,8 +68,9 @@ class Taps:
         here = {*piece.program.producer, *([piece.given] if piece.given else [])}
         self._begin = {n: s for n, s in asked.spans.items() if s.before in set(own)}
         self._end = {n: s for n, s in asked.spans.items() if s.after in set(own)}
-        # A stretch that begins and ends here needs nothing held.
-        self._begin = {n: s for n, s in self._begin.items() if n not in self._end}
+        # A stretch that begins and ends here needs nothing held, nor one whose beginning is what the
+        # piece in which it ends is given.
+        self._begin = {n: s for n, s in self._begin.items() if n not in self._end and n in crossing}
         self._within = {n for n, s in self._end.items() if s.before is None or s.before in here}
         self._cosines = {name: Cosine() for name in self._end}
         self._routes = {n: r for n, r in asked.routes.items() if r.added in set(own)}
@@ -121,12 +129,17 @@ def taps(pieces: Sequence[Segment], asked: Asked) -> list[Taps]:
     """Returns what is read off each piece; a value that several make is taken from the first."""
     held: Held = {}
     taken: set[str] = set()
-    out: list[Taps] = []
+    owned: list[list[str]] = []
     for piece in pieces:
-        own = [name for name in piece.program.producer if name not in taken]
-        taken.update(own)
-        out.append(Taps(piece, own, asked, held))
-    return out
+        owned.append([name for name in piece.program.producer if name not in taken])
+        taken.update(owned[-1])
+    ends = {name: p for p, own in zip(pieces, owned, strict=True) for name in own}
+    crossing = {
+        name
+        for name, span in asked.spans.items()
+        if span.after in ends and ends[span.after].given != span.before
+    }
+    return [Taps(p, own, asked, held, crossing) for p, own in zip(pieces, owned, strict=True)]
 
 
 def _width(piece: Segment, value: str) -> int:
