@@ -68,7 +68,7 @@ class Taps:
         here = {*piece.program.producer, *([piece.given] if piece.given else [])}
         self._begin = {n: s for n, s in asked.spans.items() if s.before in set(own)}
         self._end = {n: s for n, s in asked.spans.items() if s.after in set(own)}
-        # A stretch that begins and ends here needs nothing held, nor one whose beginning is what the
+        # A stretch that begins and ends here needs nothing held, nor one that begins with what the
         # piece in which it ends is given.
         self._begin = {n: s for n, s in self._begin.items() if n not in self._end and n in crossing}
         self._within = {n for n, s in self._end.items() if s.before is None or s.before in here}

@@ -19,6 +19,7 @@ from surgeon.calibrate.gathered import Gathered
 from surgeon.calibrate.loss import summed
 from surgeon.calibrate.running import placed
 from surgeon.calibrate.similarity import spans
+from surgeon.calibrate.taps import Taps
 from surgeon.errors import Code, SurgeonError
 from surgeon.opening import Model, open_model
 from surgeon.runtime.apply import kept_only, masked
@@ -132,6 +133,19 @@ def test_too_few_tokens_for_a_second_moment_are_told_of() -> None:
 
 
 # --- similarity ----------------------------------------------------------------------------------
+
+
+def test_no_stretch_is_held_longer_than_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a time one layer is open, whatever the number of layers; at the end nothing is held."""
+    held, add = list[int](), Taps.add
+
+    def counted(self: Taps, batch: int, found: Any) -> None:
+        add(self, batch, found)
+        held.append(len({name for name, _ in self._held}))
+
+    monkeypatch.setattr(Taps, "add", counted)
+    data("Llama").similarity([b.name for b in origin("Llama").axes.branches])
+    assert max(held) == 1 and held[-1] == 0
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPTNeoX"])
