@@ -73,7 +73,8 @@ def distilled(
     axes: Axes,
     plan: Plan,
     dense: Get,
-    now: tuple[Get, Get],
+    learns: Get,
+    now: Get,
     streams: Sequence[torch.Tensor],
     ids: torch.Tensor,
     schedule: Schedule,
@@ -87,8 +88,8 @@ def distilled(
         axes: of the dense model.
         plan: what is removed.
         dense: the dense model's weights.
-        now: the weights, in full size, that the plan is applied to while gains are learnt, and
-            those that the gains are put into.
+        learns: the weights, in full size, that the plan is applied to while gains are learnt.
+        now: the weights, in full size, that the gains are put into.
         streams: what the dense model's last piece (the head) is given: [length, width] by window.
         ids: this process's token ids [samples, length], as `World.share` gives them; maybe none.
         schedule: steps, their size and number.
@@ -101,7 +102,6 @@ def distilled(
     world = machine.world
     head = Running(segments(axes.program)[-1], dense, world.device)
     gains, change = _gains(program, selection, world.device)
-    learns, gets = now
     module = lower(program, lambda name: removed(selection, name, learns(name)), change=change)
     module = module.to(world.device)
     every = [g for pair in gains.values() for g in pair]
@@ -128,7 +128,7 @@ def distilled(
         world.add(total, *(g.grad for g in every if g.grad is not None))
         adam.step()
         divergences.append(float(total))
-    return _folded(program, selection, gets, gains), tuple(divergences)
+    return _folded(program, selection, now, gains), tuple(divergences)
 
 
 def streams_of(

@@ -16,7 +16,7 @@ from surgeon.emit.ort.match import kind
 from surgeon.emit.ort.norms import rms_norms, skip_norms
 from surgeon.emit.ort.rotary import POSITIONS, of_positions, rotaries
 from surgeon.emit.ort.shape import renamed
-from surgeon.emit.ort.table import lowerings
+from surgeon.emit.ort.table import lowered
 from surgeon.emit.ort.tidy import tidy
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Op, Program, Ref
@@ -98,7 +98,6 @@ def lower_decoder(program: Program, get: Get, *, style: str, dtype: str, positio
     b.facts.update(steps=steps, sizes={str(batch): BATCH, str(new): NEW})
     b.env[IDS] = steps.ids
     masks = _masks(program)
-    table = lowerings()
     first = _first_rows(program, str(new)) if _has_grouped(program) else None
     mixed, within = mixtures(program)
     for index, op in enumerate(program.ops):
@@ -113,11 +112,7 @@ def lower_decoder(program: Program, get: Get, *, style: str, dtype: str, positio
             continue
         if any(isinstance(r, Ref) and r.name == POSITIONS for r in op_refs(op)):
             b.env[POSITIONS] = steps.positions()
-        rule = table.get(op.target)
-        if rule is None:
-            raise b.refused("there is no rule for it")
-        found = rule(b, op)
-        for i, value in enumerate(found if isinstance(found, tuple) else (found,)):
+        for i, value in enumerate(lowered(b, op)):
             if op.outputs[i] == first:
                 value = b.node("Add", [value, steps.refusal()])
             _typed(b, op, i, value)

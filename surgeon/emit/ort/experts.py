@@ -16,7 +16,8 @@ import onnx_ir as ir
 from surgeon.emit.ort.activations import SWISH
 from surgeon.emit.ort.build import Builder
 from surgeon.emit.ort.match import Look, kind
-from surgeon.emit.ort.table import lowerings
+from surgeon.emit.ort.routing import zeros
+from surgeon.emit.ort.table import lowered
 from surgeon.ir import Arg, Input, Op, ParamRef, Program, Ref, TensorType
 from surgeon.ir.program import op_refs, substitute_op
 
@@ -200,9 +201,7 @@ def lower_mixture(b: Builder, mixture: Mixture) -> ir.Value:
     used = b.node("ReduceMax", [b.cast(sent, "i32"), b.ints(1, 2)], {"keepdims": 0})
     used = b.node("Squeeze", [b.node("NonZero", [used], dtype="i64"), b.ints(0)])
     times = b.node("Squeeze", [b.node("Shape", [used]), b.ints(0)])
-    rows = b.node("Shape", [share], {"start": 1, "end": 2}, dtype="i64")
-    shape = b.node("Concat", [rows, b.ints(width)], {"axis": 0})
-    none = b.node("Expand", [b.const(0.0, "f32"), shape])
+    none = zeros(b, share, 1, width, "f32")
     with b.inside(mixture.body) as nodes:
         given = [
             b.value(b.name("turn"), "i64", ()),
@@ -230,13 +229,9 @@ def lower_mixture(b: Builder, mixture: Mixture) -> ir.Value:
 
 
 def _computed(b: Builder, body: Program) -> Any:
-    table, outer = lowerings(), b.op
+    outer = b.op
     for op in body.ops:
         b.op = op
-        rule = table.get(op.target)
-        if rule is None:
-            raise b.refused("there is no rule for it")
-        found = rule(b, op)
-        b.env.update(zip(op.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+        b.env.update(zip(op.outputs, lowered(b, op), strict=True))
     b.op = outer
     return b.env[body.outputs[0]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
+
 from surgeon.emit.ort.build import Builder
 from surgeon.emit.ort.table import lowers
 from surgeon.ir import Op
@@ -13,6 +15,13 @@ def _dim(b: Builder, op: Op, place: int, default: int) -> int:
     given = op.arg(place, default)
     assert isinstance(given, int)
     return given % len(b.program.type_of(op.arg(0)).shape)
+
+
+def zeros(b: Builder, like: ir.Value, dim: int, width: int, dtype: str) -> ir.Value:
+    """Returns zeros [rows, width], as many rows as a value has along a dimension."""
+    rows = b.node("Shape", [like], {"start": dim, "end": dim + 1}, dtype="i64")
+    shape = b.node("Concat", [rows, b.ints(width)], {"axis": 0})
+    return b.node("Expand", [b.const(0.0, dtype), shape])
 
 
 @lowers("aten.topk.default")
@@ -33,9 +42,7 @@ def dispatch(b: Builder, op: Op) -> Any:
     index, dtype = b.arg(op.arg(0)), b.wanted(op)
     experts = op.arg(2)
     assert isinstance(experts, int)
-    rows = b.node("Shape", [index], {"start": 0, "end": 1})
-    shape = b.node("Concat", [rows, b.ints(experts)], {"axis": 0})
-    none = b.node("Expand", [b.const(0.0, dtype), shape])
+    none = zeros(b, index, 0, experts, dtype)
     return b.node("ScatterElements", [none, index, b.arg(op.arg(1), dtype)], {"axis": 1})
 
 

@@ -35,3 +35,16 @@ def lowerings() -> dict[str, Lowering]:
     for name in _FILES:
         import_module(f"surgeon.emit.ort.{name}")
     return _RULES
+
+
+def lowered(b: Builder, op: Op) -> tuple[Any, ...]:
+    """Adds the nodes of an operation and returns its values.
+
+    Raises:
+        SurgeonError: `target-refused` where it has no rule, or its rule refuses it.
+    """
+    rule = lowerings().get(op.target)
+    if rule is None:
+        raise b.refused("there is no rule for it")
+    found = rule(b, op)
+    return found if isinstance(found, tuple) else (found,)
