@@ -83,6 +83,10 @@ def pieces(
         if first is not None:
             stop = start + len(block)
             a, b = torch.searchsorted(first, torch.tensor([start, stop])).tolist()
+            if a == b:
+                # Read because a seek costs more. Who writes passes over pieces without rows, so
+                # one would take a turn of the memory that a piece still to be written lies in.
+                continue
             part = take(part, 0, first[a:b] - start, room.halfway if columns else room.made)
         for number, (dim, indices) in enumerate(columns, start=1):
             last = number == len(columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.capture.blocks import GAP, Buffers, spans
 from surgeon.capture.weights import SafetensorsWeights, same_bits
 from surgeon.emit import hf_writing
+from surgeon.emit.pieces import BEHIND, Room, full_shape, pieces
 from surgeon.errors import Code, SurgeonError
 from surgeon.memory import LEAST, Memory, resident
 from surgeon.opening import Model, open_model
@@ -170,6 +172,18 @@ def test_a_checkpoint_written_in_blocks_is_the_one_written_tensor_by_tensor(
         want = hf_writing.final(own, pruned.selection, pruned.full, old, dtype)
         assert stored.dtype(new) == dtype
         assert torch.equal(stored[new], want), new
+
+
+def test_a_piece_is_good_while_whoever_writes_is_behind(pruned: Pruned) -> None:
+    """Rows that go lie between those that stay; each is a block that is read for nothing."""
+    name, size = "model.layers.0.mlp.up_proj.weight", 100
+    (kept, _), shape = pruned.selection.kept(name), full_shape(pruned.selection, name)
+    assert kept is not None and (np.diff(kept) > 2).any()
+    made = pieces(pruned.selection, (), pruned.blocks, name, torch.bfloat16, shape, Room(size))
+    held = deque[tuple[torch.Tensor, torch.Tensor]](maxlen=BEHIND)
+    for piece in (piece for piece in made if piece.numel()):
+        held.append((piece, piece.clone()))
+        assert all(torch.equal(now, then) for now, then in held)
 
 
 def test_rewritten_tensors_are_written_in_blocks_too(origin: Model, tmp_path: Path) -> None:
