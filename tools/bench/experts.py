@@ -73,9 +73,9 @@ def of_torch(model: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
         return model(input_ids=ids, use_cache=True).past_key_values
 
     @torch.no_grad()
-    def token() -> Any:
-        cache.crop(TEXT)
-        return model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+    def token() -> None:
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
 
     cache = text()
     return text, token

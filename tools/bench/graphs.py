@@ -1,7 +1,7 @@
 """Size, export time, memory and speed of ONNX graphs, against eager torch and other graphs.
 
-    python tools/bench/onnx.py [--model smollm2] [--ratio 0.2] [--threads 1] [--with FOLDER …]
-    python tools/bench/onnx.py --large GB
+    python tools/bench/graphs.py [--model smollm2] [--ratio 0.2] [--threads 1] [--with FOLDER …]
+    python tools/bench/graphs.py --large GB
 
 The first exports a model (and the same one pruned) in both styles, each export in a process of
 its own, then runs `surgeon bench` over the checkpoint, the graphs and any further folders, such as
