@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.ahead import ahead
+from surgeon.emit.unbuffered import UnbufferedFile
 from surgeon.errors import Code, SurgeonError
 
 if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
+
+LARGE_BYTES = 2**28
+"""From this size on a file is written past the page cache; a smaller one may soon be read."""
 
 SAFETENSORS_NAMES: dict[str, tuple[str, int]] = {
     "bool": ("BOOL", 1),
@@ -167,7 +171,8 @@ def write_safetensors_file(
         at += spec.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with Path(path).open("wb") as file:
+    large = at >= LARGE_BYTES
+    with UnbufferedFile(path) if large else Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         # Closed here whatever happens, so that no thread goes on reading after a full disk.
         with closing(ahead(value for spec in specs for value in _values(spec))) as every:

@@ -1,13 +1,15 @@
 """Pruning of checkpoints larger than the memory allowed, beside copying the same bytes.
 
-    python tools/bench/out_of_core.py [--sizes 1 3 13] [--memory 1.5GB] [--ratio 0.25] [--at FOLDER]
+    python tools/bench/out_of_core.py [--sizes 1 3 13] [--memory 1.5GB] [--ratio 0.25] [--times 3]
+        [--at FOLDER]
 
 Every checkpoint is of Llama-2-7B's shape but for the number of layers (all 32 make 13.5 GB): random
 bf16 values, written tensor by tensor in several shards. It is pruned by magnitude, in a process of
 its own whose peak is its own; then it is verified layer by layer. The copy reads the bytes that
 pruning reads, in as many passes, and writes as many as it writes, on the same disk, both with the
-files of the source out of the page cache first and with what is written on the disk at the end. At
-no time is there more than the source and one output.
+files of the source out of the page cache first and with what is written on the disk at the end.
+They take turns, as a disk of a virtual machine is faster where something was read before; medians
+are printed. At no time is there more than the source and one output.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 HIDDEN, FFN, HEADS, VOCAB, LAYERS = 4096, 11008, 32, 32000, 32
 SHARD_BYTES = 2_000_000_000
 BLOCK = 2**24
+SURGEON = [sys.executable, "-m", "surgeon.cli"]
 
 
-def generate(folder: Path, layers: int) -> int:
-    """Writes a checkpoint of random values and returns the bytes of its tensors."""
+def generate(folder: Path, layers: int) -> None:
+    """Writes a checkpoint of random values."""
     import torch
     from transformers import LlamaConfig
 
@@ -77,7 +81,6 @@ def generate(folder: Path, layers: int) -> int:
         dtype="bfloat16",
     ).save_pretrained(folder)
     settle(folder)
-    return sum(spec.nbytes for spec in specs)
 
 
 def _bytes(folder: Path) -> int:
@@ -169,31 +172,21 @@ def _last(ranges: list[tuple[Path, int, int]]) -> int:
     return len(ranges) - places[-1]
 
 
-def measure(at: Path, layers: int, memory: str, ratio: float, verify: bool) -> dict[str, float]:
-    """Returns what pruning one checkpoint takes, and copying its bytes."""
-    source, out = at / "source", at / "out"
-    size = generate(source, layers) if not source.exists() else _bytes(source)
-    surgeon = [sys.executable, "-m", "surgeon.cli"]
-    measured([*surgeon, "inspect", str(source / "config.json")])  # libraries into the page cache
-    asked = ["--ratio", str(ratio), "--memory", memory]
+def once(source: Path, out: Path, asked: list[str]) -> dict[str, float]:
+    """Returns what pruning one checkpoint takes, and then copying its bytes; `out` stays."""
+    shutil.rmtree(out, ignore_errors=True)
     settle(source)
     seconds, peak, busy = measured(
-        [*surgeon, "prune", str(source), "-o", str(out), *asked, "--no-verify"]
+        [*SURGEON, "prune", str(source), "-o", str(out), *asked, "--no-verify"]
     )
     ranges, wanted = passes_over(source, out)
     told = json.loads((out / "surgeon.json").read_text())
     settle(source)
     settle(out)
-    checked = most = float("nan")
-    if verify:
-        checked, most, _ = measured([*surgeon, "verify", str(out), "--by-layer"])
-    shutil.rmtree(out)
-    settle(source)
-    copied = copy(ranges, wanted, at / "copy")
-    (at / "copy").unlink()
-    shutil.rmtree(source)
+    copied = copy(ranges, wanted, source.parent / "copy")
+    (source.parent / "copy").unlink()
     return {
-        "source_gb": size / 1e9,
+        "source_gb": _bytes(source) / 1e9,
         "read_gb": sum(n for _, _, n in ranges) / 1e9,
         "written_gb": wanted / 1e9,
         "removed": told["ratio"]["removed"],
@@ -205,9 +198,24 @@ def measure(at: Path, layers: int, memory: str, ratio: float, verify: bool) -> d
         "peak_gb": peak / 1e9,
         "copy_s": copied,
         "times": seconds / copied,
-        "verify_s": checked,
-        "verify_gb": most / 1e9,
     }
+
+
+def measure(at: Path, layers: int, asked: list[str], times: int, verify: bool) -> dict[str, float]:
+    """Returns the medians of several turns, and what it takes to verify the last."""
+    source, out = at / "source", at / "out"
+    if not source.exists():
+        generate(source, layers)
+    measured([*SURGEON, "inspect", str(source / "config.json")])  # libraries into the page cache
+    turns = [once(source, out, asked) for _ in range(times)]
+    found = {key: median(turn[key] for turn in turns) for key in turns[0]}
+    found["verify_s"] = found["verify_gb"] = float("nan")
+    if verify:
+        found["verify_s"], most, _ = measured([*SURGEON, "verify", str(out), "--by-layer"])
+        found["verify_gb"] = most / 1e9
+    shutil.rmtree(out)
+    shutil.rmtree(source)
+    return found
 
 
 COLUMNS = {
@@ -233,6 +241,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 3, 13], metavar="GB")
     parser.add_argument("--memory", default="1.5GB")
     parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--times", type=int, default=3, metavar="N", help="turns of each")
     parser.add_argument("--at", type=Path, help="a folder on the disk to measure")
     parser.add_argument("--no-verify", action="store_true", help="prune and copy alone")
     parser.add_argument("--source", type=Path, help="one such checkpoint, which is kept")
@@ -250,7 +259,8 @@ def main() -> None:
                 (Path(folder) / "source").mkdir()
                 for path in asked.source.iterdir():
                     os.link(path, Path(folder) / "source" / path.name)
-            found = measure(Path(folder), layers, asked.memory, asked.ratio, not asked.no_verify)
+            options = ["--ratio", str(asked.ratio), "--memory", asked.memory]
+            found = measure(Path(folder), layers, options, asked.times, not asked.no_verify)
         cells = [format(found[key], form) for key, (_, form) in COLUMNS.items()]
         print("| " + " | ".join(cells) + " |", flush=True)
     print(f"own peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
