@@ -88,9 +88,10 @@ class Budgeted(SelectPass):
     """Roles whose axes' divergence is measured; those of others are scaled by the median of what is
     found. All of them without it."""
 
-    depth: Literal["curves", "score", "measured", "divergence"] = "curves"
+    depth: Literal["curves", "score", "measured"] = "curves"
     """What a branch loses: what the axis that its last map reads loses with all its indices; its
-    own score; the measured growth of the loss without it; or how far the predictions move."""
+    own score; or the measured growth of the loss without it. What several lose together is more
+    than the sum: where mostly branches go, `greedy` is better."""
 
     alike: bool = False
     """Keep the same counts in every layer, as a target without widths by layer needs it."""
@@ -120,8 +121,6 @@ class Budgeted(SelectPass):
         """Calibration data where a loss is measured."""
         measured = self.unit == "measured" or (self.depth == "measured" and LAYERS in self.roles)
         found = frozenset({"loss"}) if measured else frozenset[str]()
-        if self.depth == "divergence" and LAYERS in self.roles:
-            found |= {"loss: divergence"}
         if self.unit == "divergence":
             found |= {"loss: divergence", "activations: second moment"}
         return found
@@ -329,7 +328,8 @@ class _Search:
         found = self.context.divergences((p, self._refitted(p)) for p in plans)
         factors: dict[str, float] = {}
         for (name, count), each in zip(counts.items(), found, strict=True):
-            lost = self._divergence(each)
+            # How far predictions move, with what they may on another text.
+            lost = each.mean + self.options.caution * each.deviation
             # What costs nothing to cut a little is still not free.
             factors[name] = max(lost, 1e-9) / curves[name].at(count)
         if factors:
@@ -339,10 +339,6 @@ class _Search:
             )
         others = float(np.median(list(factors.values()))) if factors else 1.0
         return {n: c.scaled(factors.get(n, others)) for n, c in curves.items()}
-
-    def _divergence(self, found: Any) -> float:
-        """Returns how far predictions move, with what they may on another text."""
-        return max(found.mean + self.options.caution * found.deviation, 0.0)
 
     def _refitted(self, plan: Plan) -> Callable[[str], Any]:
         """Returns what gives the readers of a cut axis, solved for anew by themselves."""
@@ -375,11 +371,6 @@ class _Search:
                     name: max(self.context.loss(Plan(branches=(name,))) - base, 0.0)
                     for name in self.branches
                 }
-            case "divergence":
-                # One walk, on which all branches before the one that is missing are shared.
-                trials = ((Plan(branches=(name,)), _unchanged) for name in self.branches)
-                apart = zip(self.branches, self.context.divergences(trials), strict=True)
-                losses = {name: self._divergence(each) for name, each in apart}
             case "curves":
                 losses = {name: self._silenced(name, curves) for name in self.branches}
         share = min(self.options.max_share.get(LAYERS, 1.0), self.budget.limits.get(LAYERS, 1.0))
@@ -409,10 +400,6 @@ class _Search:
         axis = self.context.axes.by_name[names[0]]
         score = self.scores([axis.name])[axis.name]
         return self._curve(axis, score, np.array([axis.size])).whole
-
-
-def _unchanged(_: str) -> None:
-    """Puts nothing in any parameter's place."""
 
 
 def _points(part: list[list[Grid]]) -> Points:

@@ -313,29 +313,6 @@ def test_the_loss_without_a_branch_can_be_measured() -> None:
     assert [n.split("/")[1] for n in plan.branches] == ["attention"]
 
 
-@pytest.mark.parametrize(("caution", "dropped"), [(0.0, "attention"), (2.0, "mlp")])
-def test_how_far_predictions_move_without_a_branch_can_be_measured(
-    caution: float, dropped: str
-) -> None:
-    """Attention moves them less in the mean, and much at few tokens."""
-    asked = list[tuple[str, ...]]()
-
-    def divergences(trials: Any) -> list[Any]:
-        plans = [plan for plan, given in trials if given("anything") is None]
-        asked.extend(plan.branches for plan in plans)
-        moved = {"attention": (0.1, 5.0), "mlp": (0.2, 0.1)}
-        kinds = [plan.branches[0].split("/")[1] for plan in plans]
-        return [SimpleNamespace(mean=moved[k][0], deviation=moved[k][1]) for k in kinds]
-
-    options = Budgeted(roles=("layers",), depth="divergence", caution=caution)
-    assert options.needs == {"loss: divergence"}
-    told = context(SimpleNamespace(divergences=divergences))
-    scores = dict.fromkeys(drawn(), np.asarray(0.0))
-    plan = options.select(told, get(scores), budget(0.25, None))
-    assert {n.split("/")[1] for n in plan.branches} == {dropped}
-    assert sorted(asked) == sorted((b.name,) for b in axes_of().branches)
-
-
 # --- scores within a role ------------------------------------------------------------------------
 
 
