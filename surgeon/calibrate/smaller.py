@@ -24,7 +24,8 @@ GRADIENT_WINDOWS = 24
 """Windows that the loss's gradients are taken on, with second moments on the same walk. What they
 cost is time alone, three forward passes a window. SmolLM2-135M, 20 % of the decoder by `default`,
 after least squares and without gains, twelve windows of 1,024 tokens outside the project's
-protocol: 12 windows of 512 tokens 37.9, 32 37.4, 60 37.0; with 48 a prune took 12 minutes of two cores."""
+protocol: 12 windows of 512 tokens 37.9, 32 37.4, 60 37.0. With 48 a prune took 12 minutes of two
+cores instead of 5."""
 
 TRIAL_WINDOWS = 3
 """Windows that the divergence of trials is taken on. They are the last: the walk with gradients,
