@@ -51,7 +51,7 @@ class Told:
         return [SimpleNamespace(mean=self.moved(p.branches), deviation=9.0) for p in plans]
 
 
-def chosen(told: Told, made: Greedy, asked: Budget) -> Plan:
+def chosen(told: Any, made: Greedy, asked: Budget) -> Plan:
     context = Context(axes_of(), lambda name: None, calibration=told)
     draw = np.random.default_rng(0)
     known = {a.name: draw.random(a.size) for a in axes_of().axes}
