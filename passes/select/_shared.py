@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,25 @@ def whole_layers(context: Context, budget: Budget) -> dict[str, list[str]]:
         if branch.name not in budget.branches:
             frozen.add(branch.layer)
     return {layer: names for layer, names in layers.items() if layer not in frozen}
+
+
+def most_by_kind(context: Context, budget: Budget, share: float) -> dict[str, int]:
+    """Returns how many branches of each kind (attention, MLP) may go.
+
+    Args:
+        context: what the driver gave.
+        budget: its limits.
+        share: the largest share of a kind that may go, beside the budget's limit.
+    """
+    kinds = Counter(branch.kind for branch in context.axes.branches)
+    share = min(share, budget.limits.get(LAYERS, 1.0))
+    return {kind: int(share * every + 1e-9) for kind, every in kinds.items()}
+
+
+def in_order(context: Context, branches: Iterable[str]) -> tuple[str, ...]:
+    """Returns branches in the order of the program."""
+    order = [branch.name for branch in context.axes.branches]
+    return tuple(sorted(branches, key=order.index))
 
 
 def plan_of(

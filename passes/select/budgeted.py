@@ -40,6 +40,8 @@ from passes.select._shared import (
     Asked,
     asked,
     costs_of,
+    in_order,
+    most_by_kind,
     nearest,
     nothing,
     open_axes,
@@ -211,8 +213,7 @@ class _Search:
                         dropped += grid.dropped
                     break
                 flat -= size
-        order = [b.name for b in self.context.axes.branches]
-        return kept, tuple(sorted(dropped, key=order.index))
+        return kept, in_order(self.context, dropped)
 
     def _grids(self) -> list[list[list[Grid]]]:
         """Returns the parts: of each the sets of dropped branches, of each those alike."""
@@ -373,13 +374,12 @@ class _Search:
                 }
             case "curves":
                 losses = {name: self._silenced(name, curves) for name in self.branches}
-        share = min(self.options.max_share.get(LAYERS, 1.0), self.budget.limits.get(LAYERS, 1.0))
         kinds = {b.name: b.kind for b in self.context.axes.branches}
+        share = self.options.max_share.get(LAYERS, 1.0)
         allowed: dict[str, float] = {}
-        for kind in dict.fromkeys(kinds.values()):
+        for kind, most in most_by_kind(self.context, self.budget, share).items():
             own = sorted((n for n in losses if kinds[n] == kind), key=lambda n: (losses[n], n))
-            every = sum(found == kind for found in kinds.values())
-            allowed |= {n: losses[n] for n in own[: int(share * every + 1e-9)]}
+            allowed |= {n: losses[n] for n in own[:most]}
         return allowed
 
     def _silenced(self, branch: str, curves: dict[str, Curve]) -> float:

@@ -12,12 +12,21 @@ looked worse before is left unmeasured).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from passes.select._shared import LAYERS, asked, nothing, plan_of, whole_layers
-from surgeon.plugin import Budget, Context, GetScores, Meter, Plan, SelectPass
+from passes.select._shared import (
+    LAYERS,
+    asked,
+    in_order,
+    most_by_kind,
+    nothing,
+    plan_of,
+    whole_layers,
+)
+from surgeon.plugin import Budget, Context, GetScores, Plan, SelectPass
 
 Unit = tuple[str, ...]
 """Branches that go together."""
@@ -58,61 +67,52 @@ class Greedy(SelectPass):
         wanted = asked(context, scores, budget)
         if budget.ratio is None:
             return plan_of(context, scores, wanted.kept, wanted.dropped)
-        units = [u for u in self._units(context, budget) if not set(u) & set(wanted.dropped)]
-        if LAYERS in budget.roles or not units:
+        units = [] if LAYERS in budget.roles else self._units(context, budget)
+        if not units:
             raise nothing(context, LAYERS, budget)
-        search = _Search(context, plan_of(context, scores, wanted.kept), budget.meter(context.axes))
-        dropped = search.found(self, units, budget)
-        order = [b.name for b in context.axes.branches]
-        dropped = tuple(sorted(dropped, key=order.index))
-        return plan_of(context, scores, wanted.kept, dropped)
+        base = plan_of(context, scores, wanted.kept)
+        dropped = _Search(self, context, base, budget).found(units)
+        return replace(base, branches=in_order(context, dropped))
 
     def _units(self, context: Context, budget: Budget) -> list[Unit]:
         if self.each == "layer":
             return [tuple(names) for names in whole_layers(context, budget).values()]
         return [(b.name,) for b in context.axes.branches if b.name in budget.branches]
 
-    def fits(self, context: Context, dropped: Collection[str], budget: Budget) -> bool:
-        """Tells whether no kind of branch loses more than it may."""
-        share = min(self.max_share, budget.limits.get(LAYERS, 1.0))
-        kinds: dict[str, list[str]] = {}
-        for branch in context.axes.branches:
-            kinds.setdefault(branch.kind, []).append(branch.name)
-        gone = set(dropped)
-        return all(len(gone & set(n)) <= share * len(n) + 1e-9 for n in kinds.values())
-
 
 class _Search:
     """One search: what is gone, and what is known of what is left."""
 
-    def __init__(self, context: Context, base: Plan, meter: Meter) -> None:
-        self.context, self.base, self.meter = context, base, meter
+    def __init__(self, options: Greedy, context: Context, base: Plan, budget: Budget) -> None:
+        self.options, self.context, self.base, self.budget = options, context, base, budget
+        self.meter = budget.meter(context.axes)
+        self.kinds = {branch.name: branch.kind for branch in context.axes.branches}
+        self.most = most_by_kind(context, budget, options.max_share)
         self.counts = {cut.axis: cut.count for cut in base.cuts}
         self.dropped: tuple[str, ...] = ()
         self.lost = 0.0
         self.more: dict[Unit, float] = {}
         """By what may go: how much further predictions moved without it when that was measured."""
 
-    def found(self, options: Greedy, units: Sequence[Unit], budget: Budget) -> tuple[str, ...]:
+    def found(self, units: Sequence[Unit]) -> tuple[str, ...]:
         """Returns the branches that go.
 
         Raises:
             SurgeonError: `bad-ratio` where all that may go is not enough, or already too much.
         """
+        budget, whole = self.budget, self.meter.whole
         assert budget.ratio is not None
-        whole = self.meter.whole
         goal = budget.ratio * whole
         gone = self._gone(())
         if gone > goal * (1 + 1e-9):
             raise budget.unreachable(gone / whole, "what is asked for by role goes beyond it")
         while True:
-            left = [u for u in units if not set(u) & set(self.dropped)]
-            may = [u for u in left if options.fits(self.context, (*self.dropped, *u), budget)]
-            saved = {unit: self._gone(unit) - gone for unit in may}
+            left = [u for u in units if not set(u) & set(self.dropped) and self._fits(u)]
+            saved = {unit: self._gone(unit) - gone for unit in left}
             nearer = [unit for unit, more in saved.items() if abs(goal - gone - more) < goal - gone]
             if not nearer:
                 break
-            best = self._best(nearer, saved, options.again)
+            best = self._best(nearer, saved)
             self.dropped = (*self.dropped, *best)
             self.lost += self.more.pop(best)
             gone += saved[best]
@@ -128,14 +128,19 @@ class _Search:
     def _gone(self, unit: Unit) -> float:
         return self.meter.whole - self.meter.left(self.counts, (*self.dropped, *unit))
 
-    def _best(self, units: Sequence[Unit], saved: Mapping[Unit, float], again: int) -> Unit:
+    def _fits(self, unit: Unit) -> bool:
+        """Tells whether no kind of branch then loses more than it may."""
+        gone = Counter(self.kinds[name] for name in (*self.dropped, *unit))
+        return all(count <= self.most[kind] for kind, count in gone.items())
+
+    def _best(self, units: Sequence[Unit], saved: Mapping[Unit, float]) -> Unit:
         """Returns the one that is missed least for what it saves, of those that look best."""
 
         def rate(unit: Unit) -> float:
             return self.more[unit] / saved[unit]
 
         known = sorted((u for u in units if u in self.more), key=rate)
-        look = [*(u for u in units if u not in self.more), *known[:again]]
+        look = [*(u for u in units if u not in self.more), *known[: self.options.again]]
         plans = [replace(self.base, branches=(*self.dropped, *unit)) for unit in look]
         found = self.context.divergences((plan, _unchanged) for plan in plans)
         for unit, each in zip(look, found, strict=True):
