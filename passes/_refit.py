@@ -36,7 +36,7 @@ def refitted(
     return (out if dim == 1 else out.T).float().contiguous()
 
 
-def check_share(hold_out: float) -> None:
-    """Refuses what is no share of the calibration windows that may be held out."""
-    if not 0 <= hold_out < 1:
-        raise ValueError(f"hold_out is {hold_out}, it has to be at least 0 and below 1")
+def check_folds(folds: int) -> None:
+    """Refuses what is no number of parts."""
+    if folds < 1:
+        raise ValueError(f"folds is {folds}, it has to be 1 or more")

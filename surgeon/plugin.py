@@ -151,7 +151,7 @@ class Calibration(Protocol):
         ...
 
     def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, folds: int
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
         """Returns maps with learnt gains in their rows and columns, and the divergence by step."""
         ...
@@ -163,7 +163,7 @@ class Calibration(Protocol):
         solve: Callable[[str, Any], Any],
         *,
         cross: bool = True,
-        hold_out: float = 0.0,
+        folds: int = 1,
     ) -> Mapping[str, Any]:
         """Returns the parameters solved for, in the program's order."""
         ...
@@ -297,31 +297,28 @@ class Context:
         solve: Callable[[str, Any], Any],
         *,
         cross: bool = True,
-        hold_out: float = 0.0,
+        folds: int = 1,
     ) -> Mapping[str, Any]:
         """Returns what `solve` makes of each parameter and its `Pair` of inputs, in program order.
 
         For passes that need `activations: sequential`. A `Pair` holds what the parameter's input
         is in the dense model and in the pruned one, whose earlier parameters are replaced already.
-        Without `cross` it lacks the products of both where `wanted` says what is to be made. Of
-        the windows a share `hold_out`, the last ones, is what gains are learnt on afterwards: what
-        is solved for with all windows is returned, what is without these is kept for `distilled`.
+        Without `cross` it lacks the products of both where `wanted` says what is to be made. With
+        several `folds` of the windows, and gains that are learnt afterwards, all is solved for once
+        more without each of them, which is kept for `distilled`.
         """
-        return self.data.sequential(plan, tuple(params), solve, cross=cross, hold_out=hold_out)
+        return self.data.sequential(plan, tuple(params), solve, cross=cross, folds=folds)
 
     def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float = 0.0
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, folds: int = 1
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
         """Returns maps with learnt gains in their rows and columns, and the divergence by step.
 
         For passes that need `activations: distillation`. A gain multiplies a channel of what a map
         reads or makes; gains are learnt so that the smaller model predicts what the dense one does,
-        on the share `hold_out` of the windows and in the model that `sequential` solved for without
-        them, or on all windows.
+        on each of the `folds` of the windows in the model that `sequential` solved for without it.
         """
-        return self.data.distilled(
-            plan, rate=rate, epochs=epochs, windows=windows, hold_out=hold_out
-        )
+        return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows, folds=folds)
 
     def after(self, rewrites: Mapping[str, Any]) -> Context:
         """Returns what a pass sees once these tensors stand in the smaller model.

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passes._refit import check_share
+from passes._refit import check_folds
 from surgeon.plugin import CompensatePass, Context, Plan
 
 
@@ -43,16 +43,16 @@ class Gains(CompensatePass):
     windows: int = 1
     """Calibration windows in a step."""
 
-    hold_out: float = 0.0
-    """Share of the calibration windows that is learnt from: the last ones, in a model that
-    `least_squares` with the same share solved for without them. 0 for all windows."""
+    folds: int = 1
+    """Parts of the calibration windows. On each, gains are learnt in the model that `least_squares`
+    with as many `folds` solved for without it; with 1, in the model as it is."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""
         for name in ("rate", "epochs", "windows"):
             if not getattr(self, name) > 0:  # true for NaN as well
                 raise ValueError(f"{name} is {getattr(self, name)}, it has to be above 0")
-        check_share(self.hold_out)
+        check_folds(self.folds)
 
     def compensate(self, context: Context, plan: Plan) -> Mapping[str, Any]:
         """Returns by parameter name the full-size tensor that replaces it."""
@@ -61,7 +61,7 @@ class Gains(CompensatePass):
             rate=self.rate,
             epochs=self.epochs,
             windows=self.windows,
-            hold_out=self.hold_out,
+            folds=self.folds,
         )
         quarter = max(1, len(steps) // 4)
         first, last = (sum(s) / len(s) for s in (steps[:quarter], steps[-quarter:]))

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from passes._refit import RIDGE, check_share, refitted
+from passes._refit import RIDGE, check_folds, refitted
 from surgeon.plugin import CompensatePass, Context, Plan, Selection, consumers
 
 
@@ -37,15 +37,15 @@ class LeastSquares(CompensatePass):
     """What a map whose outputs are added to the residual stream is solved for: that the stream
     after it be the dense model's, or that what it adds be."""
 
-    hold_out: float = 0.0
-    """Share of the calibration windows, the last ones, that gains are learnt on afterwards. All is
-    solved for twice then: without these windows for the gains' sake, and with all, which stays."""
+    folds: int = 1
+    """Parts of the calibration windows. Where gains are learnt afterwards, all is solved for once
+    more without each part, for their sake; what is solved for with all windows stays."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""
         if not self.ridge > 0:
             raise ValueError(f"ridge is {self.ridge}, it has to be above 0")
-        check_share(self.hold_out)
+        check_folds(self.folds)
 
     def compensate(self, context: Context, plan: Plan) -> Mapping[str, Any]:
         """Returns by parameter name the full-size tensor that replaces it."""
@@ -61,4 +61,4 @@ class LeastSquares(CompensatePass):
             return refitted(weight, pair.dim, kept, pair.pruned, pair.cross, self.ridge, wanted)
 
         cross = self.towards == "branch"
-        return context.sequential(plan, params, solve, cross=cross, hold_out=self.hold_out)
+        return context.sequential(plan, params, solve, cross=cross, folds=self.folds)

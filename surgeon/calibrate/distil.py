@@ -25,6 +25,7 @@ from surgeon.axes.axes import Axes
 from surgeon.axes.contractions import Contraction, contractions
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.surgery import operate
+from surgeon.calibrate.loss import ROWS
 from surgeon.calibrate.running import Get, Machine, Running
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.states import States, by_window, scratch
@@ -34,9 +35,6 @@ from surgeon.ir import ParamRef, Program
 from surgeon.ir.program import op_refs
 from surgeon.runtime.apply import removed
 from surgeon.runtime.lower import lower
-
-ROWS = 64
-"""Tokens whose logits are compared at a time: so many fit into a processor's cache."""
 
 Gains = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """By parameter: the gains of its inputs and of its outputs."""
@@ -69,29 +67,43 @@ def trained(program: Program) -> tuple[Contraction, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some of the windows, and the model that learns on them.
+
+    Attributes:
+        ids: this process's token ids [samples, length], as `World.share` gives them; maybe none.
+        streams: what the dense model's last piece (the head) is given: [length, width] by window.
+        replaced: tensors, in full size, that stand in the model that learns on these windows; the
+            same parameters in every part.
+    """
+
+    ids: torch.Tensor
+    streams: Sequence[torch.Tensor]
+    replaced: Mapping[str, torch.Tensor]
+
+
 def distilled(
     axes: Axes,
     plan: Plan,
     dense: Get,
-    learns: Get,
     now: Get,
-    streams: Sequence[torch.Tensor],
-    ids: torch.Tensor,
+    parts: Sequence[Part],
     schedule: Schedule,
     machine: Machine,
 ) -> tuple[dict[str, torch.Tensor], tuple[float, ...]]:
     """Returns parameters in full size, with gains in their rows and columns; and how it went.
 
     The smaller model runs as one program, a window at a time, with gradients at the gains alone.
+    Parts take turns: the gains are those of one model, whatever stands in it on a part's windows.
 
     Args:
         axes: of the dense model.
         plan: what is removed.
         dense: the dense model's weights.
-        learns: the weights, in full size, that the plan is applied to while gains are learnt.
-        now: the weights, in full size, that the gains are put into.
-        streams: what the dense model's last piece (the head) is given: [length, width] by window.
-        ids: this process's token ids [samples, length], as `World.share` gives them; maybe none.
+        now: the weights, in full size, that the gains are put into, and that learn where a part
+            replaces nothing.
+        parts: the windows.
         schedule: steps, their size and number.
         machine: the processes and the device.
 
@@ -102,12 +114,17 @@ def distilled(
     world = machine.world
     head = Running(segments(axes.program)[-1], dense, world.device)
     gains, change = _gains(program, selection, world.device)
-    module = lower(program, lambda name: removed(selection, name, learns(name)), change=change)
+    module = lower(program, lambda name: removed(selection, name, now(name)), change=change)
     module = module.to(world.device)
+    replaced = [
+        {n: removed(selection, n, t.float()).to(world.device) for n, t in part.replaced.items()}
+        for part in parts
+    ]
     every = [g for pair in gains.values() for g in pair]
     adam = torch.optim.Adam(every, lr=schedule.rate, betas=(0.9, 0.98))
-    count, each = world.count(len(ids)), max(1, schedule.windows)
-    steps = max(1, round(schedule.epochs * count / each))
+    order = _turns([world.count(len(part.ids)) for part in parts])
+    each = max(1, schedule.windows)
+    steps = max(1, round(schedule.epochs * len(order) / each))
     divergences: list[float] = []
     for step in range(steps):
         adam.param_groups[0]["lr"] = schedule.rate * _share(step, steps)
@@ -115,11 +132,16 @@ def distilled(
         for g in every:
             g.grad = torch.zeros_like(g)  # there is one to add up where a step has no window here
         # A step has the same windows, however many processes share them.
-        step_windows = (number % count for number in range(step * each, (step + 1) * each))
-        for row in (w // world.size for w in step_windows if w % world.size == world.rank):
-            batch = ids[row : row + 1].to(world.device)
+        for number in range(step * each, (step + 1) * each):
+            which, row = order[number % len(order)]
+            if row % world.size != world.rank:
+                continue
+            part, row = parts[which], row // world.size
+            for name, tensor in replaced[which].items():
+                module.get_parameter(name).data = tensor
+            batch = part.ids[row : row + 1].to(world.device)
             with torch.no_grad():
-                (wanted,) = head(batch, streams[row][None])
+                (wanted,) = head(batch, part.streams[row][None])
             positions = torch.arange(batch.shape[1], device=batch.device).expand(len(batch), -1)
             found = module(batch, torch.ones_like(batch), positions)
             divergence, slope = _divergence(found.detach(), wanted)
@@ -129,6 +151,12 @@ def distilled(
         adam.step()
         divergences.append(float(total))
     return _folded(program, selection, now, gains), tuple(divergences)
+
+
+def _turns(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns every window, by its part and its place there, so that parts take turns."""
+    every = [(part, row) for part, count in enumerate(counts) for row in range(count)]
+    return sorted(every, key=lambda found: ((found[1] + 0.5) / counts[found[0]], found[0]))
 
 
 def streams_of(

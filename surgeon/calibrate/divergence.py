@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from surgeon.calibrate.loss import HEAD_TOKENS
+from surgeon.calibrate.loss import HEAD_TOKENS, ROWS
 from surgeon.calibrate.running import Change, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
 from surgeon.calibrate.states import States, scratch
@@ -59,9 +59,11 @@ class _Sums:
 
     def add(self, dense: torch.Tensor, logits: torch.Tensor) -> None:
         """Takes the predictions for a batch; `dense` are logarithms of probabilities."""
-        rows = logits.float().log_softmax(-1)
-        each = (dense.exp() * (dense - rows)).sum(-1).double().clamp(min=0)
-        self.total += torch.stack([each.sum(), each.square().sum()]).cpu()
+        runs = zip(dense.flatten(0, -2).split(ROWS), logits.flatten(0, -2).split(ROWS), strict=True)
+        for wanted, found in runs:
+            apart = wanted - found.float().log_softmax(-1)
+            each = (wanted.exp() * apart).sum(-1).double().clamp(min=0)
+            self.total += torch.stack([each.sum(), each.square().sum()]).cpu()
 
 
 def divergences(

@@ -75,9 +75,10 @@ class Gathered(OnData):
         """
         made = copy(self)
         made.pruned = {**self.pruned, **rewrites}
-        if rewrites.keys() != self._apart[1].keys():
-            made._apart = (0.0, {})  # they are of a model that other passes have changed since
+        if any(rewrites.keys() != found.keys() for found in self._without):
+            made._without = ()  # they are of a model that other passes have changed since
         if dense and rewrites:
+            made._streams = {}
             made.dense = {**self.dense, **rewrites}
             same = unchanged(segments(self.axes.program), rewrites) if exact else frozenset[str]()
             made._known = self._known.of(same)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from surgeon.calibrate.loss import HEAD_TOKENS, summed
+from surgeon.calibrate.loss import HEAD_TOKENS, slope_of_summed
 from surgeon.calibrate.moments import Moments
 from surgeon.calibrate.parallel import World
 from surgeon.calibrate.running import Get, Machine, Running, not_finite
@@ -257,12 +257,12 @@ class _Back:
         start = None if given is None else given.to(device, copy=True).requires_grad_()
         with torch.enable_grad():
             passed, *values = running(batch, start)
-            last = running.piece.passed is None
-            end = summed(passed, batch) if last else passed
-        running.check(batch, given, (end if last else passed,))
+        running.check(batch, given, (passed,))
         wanted = [*([start] if through and start is not None else []), *weights, *values]
-        whole = None if slope is None else slope.to(device)
-        found: Any = torch.autograd.grad(end, wanted, whole, allow_unused=True)
+        last = running.piece.passed is None
+        whole = slope_of_summed(passed.detach(), batch) if last else slope
+        assert whole is not None, "a piece that hands something on had a gradient come back"
+        found: Any = torch.autograd.grad(passed, wanted, whole.to(device), allow_unused=True)
         pairs = zip(found, wanted, strict=True)
         return [torch.zeros_like(w) if g is None else g for g, w in pairs]
 

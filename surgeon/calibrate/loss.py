@@ -13,6 +13,10 @@ HEAD_TOKENS = 1024
 """Tokens whose logits are held at a time: a vocabulary is wide."""
 
 
+ROWS = 64
+"""Tokens whose probabilities are computed at a time: so many fit into a processor's cache."""
+
+
 def summed(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Returns the negative log-likelihood of each next token, in nats, summed.
 
@@ -23,6 +27,21 @@ def summed(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     rows = logits[:, :-1].float().reshape(-1, logits.shape[-1])
     wanted = ids[:, 1:].reshape(-1).to(rows.device)
     return torch.nn.functional.cross_entropy(rows, wanted, reduction="sum")
+
+
+def slope_of_summed(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient of `summed` with respect to the logits, of their shape.
+
+    Autograd would keep several tensors as large as the logits, which are the largest there are.
+    """
+    found = torch.zeros_like(logits)
+    for window, own, row in zip(found, logits, ids.to(logits.device), strict=True):
+        for first in range(0, len(row) - 1, ROWS):
+            wanted = row[first + 1 : first + 1 + ROWS]
+            some = own[first : first + len(wanted)].float().softmax(-1)
+            some[torch.arange(len(wanted)), wanted] -= 1
+            window[first : first + len(wanted)] = some
+    return found
 
 
 def mean_loss(

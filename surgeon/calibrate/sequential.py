@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 
 from surgeon.axes.contractions import Contraction, contractions
-from surgeon.calibrate.running import TOKENS, Change, Get, Machine, Running
+from surgeon.calibrate.running import Change, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
 from surgeon.calibrate.states import States, by_window, scratch
 from surgeon.ir import Program
@@ -95,21 +97,164 @@ def closing(piece: Segment) -> Contraction | None:
     return next((c for c in contractions(piece.program) if c.out == added), None)
 
 
+@dataclass(frozen=True)
+class _Maps:
+    """What is solved for in one piece: maps, by their parameters."""
+
+    piece: Segment
+    by_param: Mapping[str, Contraction]
+
+    @cached_property
+    def values(self) -> tuple[str, ...]:
+        """What they read."""
+        return tuple(dict.fromkeys(c.value for c in self.by_param.values()))
+
+    @cached_property
+    def end(self) -> Contraction | None:
+        """The one among them that closes the piece."""
+        found = closing(self.piece)
+        return found if found is not None and found.param in self.by_param else None
+
+    @cached_property
+    def alone(self) -> str | None:
+        """What the map that closes the piece reads, and no other that is solved for.
+
+        What else reads it would be solved for with the dense model's inputs.
+        """
+        readers = [c.value for c in self.by_param.values()]
+        value = self.end.value if self.end is not None else None
+        return value if value is not None and readers.count(value) == 1 else None
+
+    @property
+    def carried(self) -> bool:
+        """Whether the last map's input is all that is left of the piece to go on from."""
+        return self.values == (self.alone,)
+
+    def products(self, device: str, *, cross: bool) -> dict[str, _Products]:
+        """Returns empty sums by value."""
+        width, end = partial(_width, self.piece.program), self.end
+        return {
+            name: _Products(
+                width(name),
+                width(end.out) if end and end.value == name else None,
+                device,
+                cross=cross or name != self.alone,
+            )
+            for name in self.values
+        }
+
+
+class _Smaller:
+    """The pruned model, and what is solved for on some of the batches.
+
+    Args:
+        own: which batches.
+        states: for what it hands from piece to piece.
+        weights: its weights before any is solved for; zero where they are removed.
+        mask: see `sequential`.
+    """
+
+    def __init__(
+        self,
+        own: Sequence[int],
+        states: States,
+        weights: Get,
+        mask: Callable[[str, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.own, self.states = frozenset(own), states
+        self.found: dict[str, torch.Tensor] = {}
+        self._before, self._mask = weights, mask
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Returns a parameter as it is by now."""
+        found = self.found.get(name)
+        return self._before(name) if found is None else self._mask(name, found)
+
+    def enter(
+        self, maps: _Maps, machine: Machine, folder: Path | None, change: Change | None, cross: bool
+    ) -> None:
+        """Comes to the next piece."""
+        self._maps, self._world, self._change = maps, machine.world, change
+        device = self._world.device
+        self._sums = maps.products(device, cross=cross)
+        self._held = States(len(self.states) if maps.carried else 0, folder)
+        end = maps.end
+        bias = self.weight(end.bias) if end and end.bias else torch.zeros(1)
+        self._bias = bias.to(device)
+        self._running = (
+            Running(
+                maps.piece, self.weight, device, values=maps.values, passing=False, change=change
+            )
+            if maps.values
+            else None
+        )
+
+    def add(self, i: int, batch: torch.Tensor, dense: Sequence[torch.Tensor]) -> None:
+        """Runs a batch, if it is one of its own.
+
+        Args:
+            i: its number.
+            batch: token ids.
+            dense: what the dense model hands on, if it does, and the values that are read.
+        """
+        if self._running is None or i not in self.own:
+            return
+        maps, before = self._maps, self.states[i]
+        with torch.no_grad():
+            found = self._running(batch, before)
+        self._running.check(batch, before, found)
+        gap = None
+        if maps.end and before is not None:
+            gap = dense[0] - before.to(self._world.device) - self._bias
+        if maps.carried:
+            self._held[i] = found[0]
+        read = dense[1:] if maps.piece.passed is not None else dense
+        for name, x, p in zip(maps.values, read, found, strict=True):
+            self._sums[name].add(x, p, gap)
+
+    def solve(self, tokens: int, solve: Solve) -> None:
+        """Solves for the piece's maps, on the products over so many tokens of all processes."""
+        self._running = None
+        for total in self._sums.values():
+            total.to_cpu()
+            self._world.add(*total.every)
+        end = self._maps.end
+        for param, c in self._maps.by_param.items():
+            added = end is not None and param == end.param
+            self.found[param] = solve(param, self._sums[c.value].pair(c.dim, tokens, added=added))
+
+    def go_on(self, batches: Sequence[torch.Tensor]) -> None:
+        """Hands on what the piece makes of its batches with what was solved for."""
+        maps, device = self._maps, self._world.device
+        if maps.carried:
+            assert maps.end is not None
+            end = maps.end
+            _go_on(self.states, self._held, self.weight(end.param), end.dim, self._bias, device)
+            return
+        running = Running(maps.piece, self.weight, device, change=self._change)
+        for i in sorted(self.own):
+            before = self.states[i]
+            with torch.no_grad():
+                result = running(batches[i], before)
+            running.check(batches[i], before, result)
+            self.states[i] = result[0]
+
+
 def sequential(
     program: Program,
     get: Get,
     now: Get,
     mask: Callable[[str, torch.Tensor], torch.Tensor],
-    ids: torch.Tensor,
+    parts: Sequence[torch.Tensor],
     params: Sequence[str],
     solve: Solve,
     machine: Machine | None = None,
     *,
-    tokens: int = TOKENS,
+    apart: bool = False,
     change: Change | None = None,
     cross: bool = True,
     streams: list[torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], ...]:
     """Returns replacements of parameters, each found on what those before it produce.
 
     Every piece of the program runs in both models. Its parameters are solved for together; then
@@ -122,15 +267,18 @@ def sequential(
         now: the pruned model's weights before any is solved for: the dense model's, or what
             earlier passes replaced them by.
         mask: from a parameter's name and tensor to the tensor with zeros where it is removed.
-        ids: this process's token ids [samples, length].
+        parts: this process's token ids, [samples, length] each.
         params: those to solve for: each is multiplied with an input.
         solve: called once for each, in the order of the program.
         machine: how pieces are run.
-        tokens: how many go through a piece at a time, where there is no machine.
+        apart: solve once more without each of the parts. The dense model is run once for all.
         change: what takes some operations' places in the pruned model.
         cross: give the products with the dense model's inputs even where a map makes up for the
             gap between the streams, and their products with that gap are known.
         streams: gets what the dense model's last piece (the head) is given, by window.
+
+    Returns:
+        What was solved for with all windows; then, if that is asked for, without each part.
 
     Raises:
         SurgeonError: `bad-text-input` where a value is not finite.
@@ -139,95 +287,54 @@ def sequential(
         inputs); He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017 (least
         squares on the consumer, towards the dense model's outputs).
     """
-    machine = machine or Machine(tokens=tokens)
-    world, batches = machine.world, machine.batches(ids)
-    found: dict[str, torch.Tensor] = {}
-    wanted = set(params)
-
-    def changed(name: str) -> torch.Tensor:
-        return mask(name, found[name] if name in found else now(name))
-
+    machine = machine or Machine()
+    world, by_part = machine.world, [machine.batches(part) for part in parts]
+    batches = [batch for found in by_part for batch in found]
+    owner = [number for number, found in enumerate(by_part) for _ in found]
+    left = [None, *range(len(parts))] if apart else [None]
+    wanted, done = set(params), set[str]()
     with scratch(machine.offload) as folder:
-        dense, small = States(len(batches), folder), States(len(batches), folder)
+        dense = States(len(batches), folder)
+        smaller = [
+            _Smaller(
+                [i for i, part in enumerate(owner) if part != without],
+                States(len(batches), folder),
+                lambda name: mask(name, now(name)),
+                mask,
+            )
+            for without in left
+        ]
+        tokens = [world.count(sum(batches[i].numel() for i in s.own)) for s in smaller]
         for piece in segments(program):
             passes_on = piece.passed is not None
             if piece.given is not None and not passes_on and streams is not None:
                 streams.extend(by_window(dense))
             # After the last one there is the dense stream at most to be followed to the head, which
             # itself is the dearest piece.
-            followed = streams is not None and passes_on
-            if wanted <= found.keys() and not followed:
+            if wanted <= done and not (streams is not None and passes_on):
                 break
-            tapped = {
-                c.param: c
-                for c in contractions(piece.program)
-                if c.param in wanted and c.param not in found
-            }
-            values = tuple(dict.fromkeys(c.value for c in tapped.values()))
-            end = closing(piece)
-            end = end if end is not None and end.param in tapped else None
-            # What else reads the last map's input is solved for with the dense model's inputs.
-            readers = [c.value for c in tapped.values()]
-            alone = end.value if end is not None and readers.count(end.value) == 1 else None
-            sums = {
-                name: _Products(
-                    _width(piece.program, name),
-                    _width(piece.program, end.out) if end and end.value == name else None,
-                    world.device,
-                    cross=cross or name != alone,
-                )
-                for name in values
-            }
-            # The last map's input is all that is left of the piece to go on from.
-            carried = values == (alone,)
-            held = States(len(batches) if carried else 0, folder)
-            one = Running(piece, get, world.device, values=values, passing=passes_on)
-            two = (
-                Running(piece, changed, world.device, values=values, passing=False, change=change)
-                if values
-                else None
-            )
-            bias = changed(end.bias) if end and end.bias else torch.zeros(1)
+            found = contractions(piece.program)
+            own = {c.param: c for c in found if c.param in wanted and c.param not in done}
+            maps = _Maps(piece, own)
+            running = Running(piece, get, world.device, values=maps.values, passing=passes_on)
+            for s in smaller:
+                s.enter(maps, machine, folder, change, cross)
             for i, batch in enumerate(batches):
                 with torch.no_grad():
-                    x = one(batch, dense[i])
-                    p = two(batch, small[i]) if two else tuple[torch.Tensor, ...]()
-                one.check(batch, dense[i], x)
-                if two:
-                    two.check(batch, small[i], p)
-                before = small[i]
-                gap = None
-                if end and before is not None:
-                    gap = x[0] - before.to(world.device) - bias.to(world.device)
-                if carried:
-                    held[i] = p[0]
-                for name, a, b in zip(values, x[1:] if passes_on else x, p, strict=True):
-                    sums[name].add(a, b, gap)
+                    x = running(batch, dense[i])
+                running.check(batch, dense[i], x)
+                for s in smaller:
+                    s.add(i, batch, x)
                 if passes_on:
                     dense[i] = x[0]
-            count = world.count(batches_tokens(batches))
-            for total in sums.values():
-                total.to_cpu()
-                world.add(*total.every)
-            del one, two
-            for param, c in tapped.items():
-                pair = sums[c.value].pair(
-                    c.dim, count, added=end is not None and param == end.param
-                )
-                found[param] = solve(param, pair)
-            if not passes_on or wanted <= found.keys():
-                continue
-            if carried:
-                assert end is not None
-                _go_on(small, held, changed(end.param), end.dim, bias, world.device)
-                continue
-            three = Running(piece, changed, world.device, change=change)
-            for i, batch in enumerate(batches):
-                with torch.no_grad():
-                    result = three(batch, small[i])
-                three.check(batch, small[i], result)
-                small[i] = result[0]
-    return found
+            del running
+            for s, count in zip(smaller, tokens, strict=True):
+                s.solve(count, solve)
+            done.update(own)
+            if passes_on and not wanted <= done:
+                for s in smaller:
+                    s.go_on(batches)
+    return tuple(s.found for s in smaller)
 
 
 def _go_on(
@@ -242,15 +349,11 @@ def _go_on(
     weight = (weight if dim == 1 else weight.T).to(device)
     for i in range(len(states)):
         before, x = states[i], inputs[i]
-        assert before is not None and x is not None, "a map that closes a piece has both"
+        if before is None or x is None:
+            continue  # a batch of others
         made = torch.nn.functional.linear(x.to(device), weight) + bias.to(device)
         states[i] = before.to(device) + made
     inputs.clear()
-
-
-def batches_tokens(batches: Sequence[torch.Tensor]) -> int:
-    """Returns how many tokens there are in some batches."""
-    return sum(batch.numel() for batch in batches)
 
 
 def _width(program: Program, value: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from surgeon.axes.axes import Axes
 from surgeon.axes.plan import Plan, Selection, dropped
 from surgeon.calibrate.data import Windows
-from surgeon.calibrate.distil import Schedule, distilled, streams_of
+from surgeon.calibrate.distil import Part, Schedule, distilled, streams_of
 from surgeon.calibrate.divergence import Divergence, Trial, divergences
 from surgeon.calibrate.loss import mean_loss
 from surgeon.calibrate.parallel import join
@@ -77,8 +77,8 @@ class OnData:
         self.notes = [] if notes is None else notes
         self.dense: Mapping[str, torch.Tensor] = {}
         self.pruned: Mapping[str, torch.Tensor] = {}
-        self._streams: list[torch.Tensor] = []
-        self._apart: tuple[float, Mapping[str, torch.Tensor]] = (0.0, {})
+        self._streams: dict[int, list[torch.Tensor]] = {}
+        self._without: tuple[Mapping[str, torch.Tensor], ...] = ()
         self._expected: frozenset[str] = frozenset()
 
     def read(self, name: str) -> torch.Tensor:
@@ -131,7 +131,7 @@ class OnData:
         solve: Solve,
         *,
         cross: bool = True,
-        hold_out: float = 0.0,
+        folds: int = 1,
     ) -> Mapping[str, Any]:
         """Returns the parameters solved for, each on what those before it produce.
 
@@ -140,43 +140,40 @@ class OnData:
             params: to solve for.
             solve: from a name and a `Pair` to the tensor that replaces the parameter.
             cross: as `surgeon.calibrate.sequential` describes it.
-            hold_out: share of the windows, the last ones, that gains will be learnt on. Where they
-                are announced, all is solved for once more without these windows, so that
-                `distilled` can learn on what has not seen them.
+            folds: parts of the windows. Where gains are announced, and there are several parts, all
+                is solved for once more without each of them, so that `distilled` can learn on
+                what a model has not seen.
 
         Raises:
-            SurgeonError: `bad-option` where a share of the windows would be none, or all.
+            SurgeonError: `bad-option` where there are fewer windows than parts.
         """
         mask, change = self._masking(plan)
         now = rewritten(self.get, self.pruned)
-
-        def solved(ids: torch.Tensor, streams: list[torch.Tensor] | None) -> Mapping[str, Any]:
-            return sequential(
-                self.axes.program,
-                self.read,
-                lambda name: _fp32(now(name)),
-                mask,
-                ids,
-                params,
-                solve,
-                self.machine,
-                change=change,
-                cross=cross,
-                streams=streams,
-            )
-
+        parts = self._parts(folds)
         distils = "activations: distillation" in self._expected
-        without, _ = self._parted(hold_out)
-        if hold_out and distils:
-            self._apart = (hold_out, solved(without, None))
         # Who distils afterwards wants the dense stream at the head, which this walk comes by.
-        streams: list[torch.Tensor] | None = [] if distils and not hold_out else None
-        found = solved(self.ids, streams)
-        self._streams = streams or self._streams
+        streams: list[torch.Tensor] | None = [] if distils else None
+        found, *without = sequential(
+            self.axes.program,
+            self.read,
+            lambda name: _fp32(now(name)),
+            mask,
+            parts,
+            params,
+            solve,
+            self.machine,
+            apart=distils and folds > 1,
+            change=change,
+            cross=cross,
+            streams=streams,
+        )
+        self._without = tuple(without)
+        if streams is not None:
+            self._streams[folds] = streams
         return found
 
     def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float = 0.0
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, folds: int = 1
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
         """Returns maps with gains in their rows and columns, learnt from the dense model.
 
@@ -185,51 +182,48 @@ class OnData:
             rate: Adam's largest step size.
             epochs: times that every window is seen.
             windows: in a step.
-            hold_out: share of the windows that is learnt from, the last ones; 0 for all of them.
-                What `sequential` solved for without them stands in the model that learns, and its
-                gains are then put into what was solved for with all.
+            folds: parts of the windows. If `sequential` solved without each of as many, that is
+                what stands in the model that learns on a part; the gains, which are the same for
+                all, are then put into what was solved for with all windows.
 
         Returns:
             The tensors in full size, and the divergence from the dense model at every step, nats.
 
         Raises:
-            SurgeonError: `bad-option` where a share of the windows would be none, or all.
+            SurgeonError: `bad-option` where there are fewer windows than parts.
         """
-        program, ids = self.axes.program, self._parted(hold_out)[1]
-        streams = [] if hold_out else self._streams
-        streams = streams or streams_of(program, self.read, ids, self.machine)
-        if not hold_out:
-            self._streams = streams
-        share, apart = self._apart
+        program, parts = self.axes.program, self._parts(folds)
+        if folds not in self._streams:
+            whole = torch.cat(parts)
+            self._streams[folds] = streams_of(program, self.read, whole, self.machine)
+        streams = iter(self._streams[folds])
+        known = self._without if len(self._without) == folds else [{}] * folds
         now = rewritten(self.get, self.pruned)
-        learns = rewritten(self.get, {**self.pruned, **(apart if share == hold_out else {})})
         return distilled(
             self.axes,
             plan,
             self.read,
-            lambda name: _fp32(learns(name)),
             lambda name: _fp32(now(name)),
-            streams,
-            ids,
+            [
+                Part(ids, [next(streams) for _ in ids], replaced)
+                for ids, replaced in zip(parts, known, strict=True)
+            ],
             Schedule(rate, epochs, windows),
             self.machine,
         )
 
-    def _parted(self, hold_out: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns this process's windows but the last ones, and those; without a share, all."""
+    def _parts(self, folds: int) -> list[torch.Tensor]:
+        """Returns this process's share of each of so many parts of the windows."""
         every, world = torch.from_numpy(self.windows.ids), self.machine.world
-        if not hold_out:
-            return self.ids, self.ids
-        first = len(every) - round(hold_out * len(every))
-        if not 0 < first < len(every):
+        if not 0 < folds <= len(every):
             raise SurgeonError(
                 Code.BAD_OPTION,
                 "the calibration windows can't be parted",
-                at=f"hold_out: {hold_out:g}",
-                why=f"of {len(every)} windows that leaves {first} and {len(every) - first}",
-                try_="more windows (--samples), or hold_out: 0 to use all of them twice",
+                at=f"folds: {folds}",
+                why=f"there are {len(every)} windows",
+                try_="more windows (--samples), or folds: 1 to learn gains on what was solved for",
             )
-        return world.share(every[:first]), world.share(every[first:])
+        return [world.share(part) for part in every.tensor_split(folds)]
 
     def _masking(
         self, plan: Plan

@@ -201,13 +201,13 @@ class Stored:
         solve: Callable[[str, Any], Any],
         *,
         cross: bool = True,
-        hold_out: float = 0.0,
+        folds: int = 1,
     ) -> Mapping[str, Any]:
         """Refuses: what the pruned model computes takes data."""
         raise self._lacks("what a pruned model computes", "it takes that model to run on the data")
 
     def distilled(
-        self, plan: Plan, *, rate: float, epochs: float, windows: int, hold_out: float = 0.0
+        self, plan: Plan, *, rate: float, epochs: float, windows: int, folds: int = 1
     ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
         """Refuses: learning from the dense model takes data."""
         raise self._lacks("what a pruned model learns", "it takes both models to run on the data")

@@ -13,7 +13,7 @@ from surgeon.axes.contractions import contractions
 from surgeon.calibrate import gradients
 from surgeon.calibrate.data import Windows
 from surgeon.calibrate.gathered import Gathered
-from surgeon.calibrate.loss import summed
+from surgeon.calibrate.loss import ROWS, slope_of_summed, summed
 from surgeon.calibrate.running import Machine
 from surgeon.calibrate.segments import segments
 from surgeon.errors import SurgeonError
@@ -168,6 +168,15 @@ def test_the_summed_loss_is_that_of_the_next_token() -> None:
         float(logits[w, t].log_softmax(-1)[row[w, t + 1]]) for w in range(2) for t in range(3)
     )
     assert float(summed(logits, row)) == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [4, ROWS + 1, ROWS + 5])
+def test_the_slope_of_the_loss_is_its_gradient(length: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, length, 7, generator=draw).requires_grad_()
+    rows = torch.randint(7, (2, length), generator=draw)
+    (wanted,) = torch.autograd.grad(summed(logits, rows), logits)
+    torch.testing.assert_close(slope_of_summed(logits.detach(), rows), wanted)
 
 
 def test_what_has_no_gradient_is_refused() -> None:

@@ -54,9 +54,9 @@ def numbers(axes, get, ids):
         found[f"{name} cross"], found[f"{name} pruned"] = pair.cross, pair.pruned
         found[f"{name} count"] = torch.tensor(pair.count)
         return get(name) + 1e-3 * (pair.cross - pair.pruned).float()[: len(get(name))]
-    held = (0.4, 0.6) if len(ids) > 1 else (0, 0)
+    folds = (2, 3) if len(ids) > 2 else (1, 1)
     data.expect(["activations: distillation"])
-    for name, tensor in data.sequential(plan, names, solve, hold_out=held[0]).items():
+    for name, tensor in data.sequential(plan, names, solve, folds=folds[0]).items():
         found[f"{name} solved"] = tensor
     for name in names:
         moments, gradients = data.moments(names)[name], data.gradients(names)[name]
@@ -70,7 +70,7 @@ def numbers(axes, get, ids):
     found["loss"] = torch.tensor(data.loss(plan))
     moved = data.divergences([(plan, lambda name: None), (Plan(), lambda name: None)])
     found["divergences"] = torch.tensor([[d.mean, d.deviation] for d in moved])
-    gains, curve = data.distilled(plan, rate=1e-2, epochs=3, windows=2, hold_out=held[1])
+    gains, curve = data.distilled(plan, rate=1e-2, epochs=3, windows=2, folds=folds[1])
     found["gains"] = torch.cat([gains[name].flatten() for name in sorted(gains)])
     found["gains, steps"] = torch.tensor(curve)
     found |= scores(ids, join())

@@ -15,8 +15,9 @@ from passes.compensate.gains import Gains
 from passes.compensate.least_squares import LeastSquares
 from surgeon.axes.plan import Plan, Selection, cut
 from surgeon.calibrate.data import Piece, Recipe, Windows
-from surgeon.calibrate.distil import ROWS, _divergence, streams_of, trained
+from surgeon.calibrate.distil import _divergence, _turns, streams_of, trained
 from surgeon.calibrate.gathered import Gathered
+from surgeon.calibrate.loss import ROWS
 from surgeon.calibrate.running import Machine
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.sequential import closing
@@ -147,82 +148,116 @@ def test_sequential_calibration_leaves_the_streams_that_gains_need(
     assert not data._streams  # nobody is going to ask for them
     data.expect(["activations: distillation"])
     data.sequential(halved, params, lambda name, pair: llama.read(name))
-    kept = data._streams
+    kept = data._streams[1]
     for one, two in zip(kept, streams_of(llama.program, llama.read, ids, Machine()), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_windows_held_out_are_those_that_gains_learn_on(
-    llama: Model, halved: Plan, ids: torch.Tensor
-) -> None:
-    """Learnt on a model that has not seen them, put into the one that is solved for with all."""
-
-    def data(rows: torch.Tensor) -> Gathered:
-        return Gathered(llama.axes, llama.read, Windows(rows.numpy()))
+def solving(origin: Model) -> Any:
+    """Any solution that depends on the windows."""
 
     def solve(name: str, pair: Any) -> torch.Tensor:
-        return llama.read(name) + 1e-3 * (pair.cross - pair.pruned).float()[: len(llama.read(name))]
+        old = origin.read(name)
+        return old + 1e-3 * (pair.cross - pair.pruned).float()[: len(old)]
 
-    both, first, last = data(ids), data(ids[:-3]), data(ids[-3:])
-    params, share = ["model.layers.0.mlp.down_proj.weight"], 3 / len(ids)
-    both.expect(["activations: distillation"])
-    whole = both.sequential(halved, params, solve, hold_out=share)
-    without = first.sequential(halved, params, solve)
-    assert torch.equal(whole[params[0]], data(ids).sequential(halved, params, solve)[params[0]])
-    assert not torch.equal(whole[params[0]], without[params[0]])
+    return solve
 
-    both = both.with_rewrites(whole, dense=False)
-    gains, steps = both.distilled(halved, rate=0.02, epochs=1, windows=1, hold_out=share)
-    seen = last.with_rewrites(without, dense=False)
-    alone, again = seen.distilled(halved, rate=0.02, epochs=1, windows=1)
-    assert len(steps) == 3 and steps == again
-    for name in alone.keys() - set(params):
-        assert torch.equal(gains[name], alone[name])
-    kept = without[params[0]] != 0
-    factors = (alone[params[0]] / without[params[0]])[kept]
-    torch.testing.assert_close((gains[params[0]] / whole[params[0]])[kept], factors)
+
+DOWN = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+
+
+def test_gains_learn_on_each_part_in_the_model_that_has_not_seen_it(
+    llama: Model, halved: Plan, ids: torch.Tensor
+) -> None:
+    """The first step of two is on the first part's window: what solved without it stands there."""
+
+    def data(rows: torch.Tensor) -> Gathered:
+        made = Gathered(llama.axes, llama.read, Windows(rows.numpy()))
+        made.expect(["activations: distillation"])
+        return made
+
+    both, solve = data(ids), solving(llama)
+    whole = both.sequential(halved, DOWN, solve, folds=2)
+    plain = data(ids).sequential(halved, DOWN, solve)
+    halves = [data(half).sequential(halved, DOWN, solve) for half in (ids[6:], ids[:6])]
+    for name in DOWN:
+        torch.testing.assert_close(whole[name], plain[name])
+        assert not torch.equal(halves[0][name], halves[1][name])
+
+    def first(model: Gathered, change: Any, folds: int, windows: int = 1) -> float:
+        seen = model.with_rewrites(change, dense=False)
+        return seen.distilled(halved, rate=1e-9, epochs=1, windows=windows, folds=folds)[1][0]
+
+    found = first(both, whole, 2, windows=2)
+    own = [first(data(ids[k : k + 1]), half, 1) for k, half in ((0, halves[0]), (6, halves[1]))]
+    assert found == pytest.approx(sum(own) / 2, rel=1e-5)
+    other = [first(data(ids[k : k + 1]), half, 1) for k, half in ((0, halves[1]), (6, halves[0]))]
+    assert found != pytest.approx(sum(other) / 2, rel=1e-4)
 
     # Another pass changes the model: what was solved for is of one that is no more.
-    queries = "model.layers.0.self_attn.q_proj.weight"
-    other = both.with_rewrites({queries: llama.read(queries) * 1.1}, dense=False)
-    _, fresh = other.distilled(halved, rate=0.02, epochs=1, windows=1, hold_out=share)
-    assert fresh != steps
+    queries = {"model.layers.0.self_attn.q_proj.weight"}
+    changed = {**whole, **{name: llama.read(name) * 1.1 for name in queries}}
+    fresh = both.with_rewrites(whole, dense=False).with_rewrites(changed, dense=False)
+    _, steps = fresh.distilled(halved, rate=1e-9, epochs=1, windows=2, folds=2)
+    _, plain_steps = (
+        data(ids)
+        .with_rewrites(changed, dense=False)
+        .distilled(halved, rate=1e-9, epochs=1, windows=2, folds=2)
+    )
+    assert steps == plain_steps
 
 
-def test_without_gains_to_come_no_window_is_held_out(data: Gathered, halved: Plan) -> None:
-    params, asked = ["model.layers.0.mlp.down_proj.weight"], list[int]()
+def test_gains_of_parts_are_put_into_what_was_solved_for_with_all(
+    data: Gathered, llama: Model, halved: Plan
+) -> None:
+    data.expect(["activations: distillation"])
+    whole = data.sequential(halved, DOWN, solving(llama), folds=3)
+    seen = data.with_rewrites(whole, dense=False)
+    gains, steps = seen.distilled(halved, rate=1e-9, epochs=2, windows=4, folds=3)
+    assert len(steps) == 6
+    for name in DOWN:
+        torch.testing.assert_close(gains[name], whole[name])
+
+
+def test_parts_take_turns() -> None:
+    assert _turns([2, 2]) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert _turns([3, 1]) == [(0, 0), (0, 1), (1, 0), (0, 2)]
+    assert _turns([2, 0]) == [(0, 0), (0, 1)]
+
+
+def test_without_gains_to_come_there_are_no_parts(data: Gathered, halved: Plan) -> None:
+    params, asked = DOWN[:1], list[int]()
 
     def solve(name: str, pair: Any) -> torch.Tensor:
         asked.append(pair.count)
         return data.read(name)
 
-    data.sequential(halved, params, solve, hold_out=0.5)
+    data.sequential(halved, params, solve, folds=2)
     data.expect(["activations: distillation"])
-    data.sequential(halved, params, solve, hold_out=0.5)
-    assert asked == [asked[0], asked[0] // 2, asked[0]]
+    data.sequential(halved, params, solve, folds=2)
+    assert asked == [asked[0], asked[0], asked[0] // 2, asked[0] // 2]
 
 
 def test_the_default_recipe_learns_gains_on_what_least_squares_did_not_see() -> None:
     by_name = {step.name: step.options for step in load_recipe("default").passes}
-    assert by_name["gains"]["hold_out"] == by_name["least_squares"]["hold_out"] > 0
+    assert by_name["gains"]["folds"] == by_name["least_squares"]["folds"] > 1
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9])
+@pytest.mark.parametrize("folds", [0, 3])
 def test_windows_that_cannot_be_parted_are_refused(
-    llama: Model, halved: Plan, ids: torch.Tensor, share: float
+    llama: Model, halved: Plan, ids: torch.Tensor, folds: int
 ) -> None:
     data = Gathered(llama.axes, llama.read, Windows(ids[:2].numpy()))
     with pytest.raises(SurgeonError, match="can't be parted"):
-        data.distilled(halved, rate=0.02, epochs=1, windows=1, hold_out=share)
-    with pytest.raises(SurgeonError, match="of 2 windows"):
-        data.sequential(halved, [], lambda name, pair: pair, hold_out=share)
+        data.distilled(halved, rate=0.02, epochs=1, windows=1, folds=folds)
+    with pytest.raises(SurgeonError, match="there are 2 windows"):
+        data.sequential(halved, [], lambda name, pair: pair, folds=folds)
 
 
 @pytest.mark.parametrize("made", [Gains, LeastSquares])
-@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
-def test_a_share_that_is_none(made: type[Gains] | type[LeastSquares], share: float) -> None:
-    with pytest.raises(ValueError, match="hold_out"):
-        made(hold_out=share)
+def test_no_parts_at_all(made: type[Gains] | type[LeastSquares]) -> None:
+    with pytest.raises(ValueError, match="folds"):
+        made(folds=0)
 
 
 @pytest.mark.parametrize("option", ["rate", "epochs", "windows"])
