@@ -52,19 +52,16 @@ class Step(Protocol):
 class Driven(Calibration, Protocol):
     """Calibration data as the driver handles it between passes.
 
-    Where it has a method `expect(needs)`, that hears what will be asked for, so that one walk can
-    gather all of it.
+    Where it has a method `expect(needs, brief=…)`, that hears what will be asked for, so that one
+    walk can gather all of it, and whether the model is about to be replaced.
     """
 
-    def with_rewrites(
-        self, rewrites: Mapping[str, Any], *, dense: bool, exact: bool = False
-    ) -> Driven:
+    def with_rewrites(self, rewrites: Mapping[str, Any], *, dense: bool) -> Driven:
         """Returns the same data on a model in which some tensors are replaced.
 
         Args:
             rewrites: full-size tensors by parameter.
             dense: replace them in the dense model too, not in the pruned one alone.
-            exact: the dense model computes what it did.
         """
         ...
 
@@ -221,15 +218,13 @@ def planned(
     changed: dict[str, Any] = {}
     made_by: list[Mapping[str, Any]] = []
     for step in passes.transform:
-        # What is known of most values outlasts an exact change: one walk serves the later passes.
-        expected = (step, *(passes.later if step.made.exact else ()))
-        context = run.context(changed, data, expected, heads)
+        context = run.context(changed, data, (step,), heads, brief=step.made.exact)
         made = run.rewriting(step, lambda c=context, p=step: p.made.transform(c), context)
         changed.update(made)
         made_by.append(made)
         heads = merged([heads, run.grouping(step)])
         if data is not None and made:
-            data = data.with_rewrites(made, dense=True, exact=step.made.exact)
+            data = data.with_rewrites(made, dense=True)
     plan = heads
     if passes.score is not None and passes.select is not None:
         context = run.context(changed, data, passes.later)
@@ -319,6 +314,8 @@ class _Run:
         passes: Sequence[Named],
         plan: Plan | None = None,
         factored: frozenset[str] = frozenset(),
+        *,
+        brief: bool = False,
     ) -> Context:
         """Returns what a pass is handed where these tensors are replaced.
 
@@ -328,6 +325,7 @@ class _Run:
             passes: those that are going to look at it.
             plan: what goes, once that is decided.
             factored: the parameters that are products by now.
+            brief: the pass looks at a model that it puts into another basis.
         """
         now = dict(rewrites)
 
@@ -338,7 +336,7 @@ class _Run:
 
         expect = getattr(data, "expect", None)
         if expect is not None:
-            expect(sorted({need for p in passes for need in p.needs}))
+            expect(sorted({need for p in passes for need in p.needs}), brief=brief)
         return Context(
             self.origin.axes,
             weights,

@@ -168,9 +168,7 @@ class Calibration(Protocol):
         """Returns the parameters solved for, in the program's order."""
         ...
 
-    def with_rewrites(
-        self, rewrites: Mapping[str, Any], *, dense: bool, exact: bool = False
-    ) -> Calibration:
+    def with_rewrites(self, rewrites: Mapping[str, Any], *, dense: bool) -> Calibration:
         """Returns the same data on a model in which some tensors are replaced."""
         ...
 
@@ -303,9 +301,8 @@ class Context:
 
         For passes that need `activations: sequential`. A `Pair` holds what the parameter's input
         is in the dense model and in the pruned one, whose earlier parameters are replaced already.
-        Without `cross` it lacks the products of both where `wanted` says what is to be made. With
-        several `folds` of the windows, and gains that are learnt afterwards, all is solved for once
-        more without each of them, which is kept for `distilled`.
+        Without `cross` it lacks the products of both where `wanted` says what is to be made. All
+        is solved for on each of the `folds` of the windows by itself; what is returned is the mean.
         """
         return self.data.sequential(plan, tuple(params), solve, cross=cross, folds=folds)
 
@@ -316,7 +313,7 @@ class Context:
 
         For passes that need `activations: distillation`. A gain multiplies a channel of what a map
         reads or makes; gains are learnt so that the smaller model predicts what the dense one does,
-        on each of the `folds` of the windows in the model that `sequential` solved for without it.
+        on each of the `folds` of the windows in a model that `sequential` did not solve for on it.
         """
         return self.data.distilled(plan, rate=rate, epochs=epochs, windows=windows, folds=folds)
 

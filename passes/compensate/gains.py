@@ -44,8 +44,8 @@ class Gains(CompensatePass):
     """Calibration windows in a step."""
 
     folds: int = 1
-    """Parts of the calibration windows. On each, gains are learnt in the model that `least_squares`
-    with as many `folds` solved for without it; with 1, in the model as it is."""
+    """Parts of the calibration windows. On each, gains are learnt in what `least_squares` with as
+    many `folds` solved for on the others; with 1, in the model as it is."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""

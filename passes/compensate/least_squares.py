@@ -38,8 +38,7 @@ class LeastSquares(CompensatePass):
     after it be the dense model's, or that what it adds be."""
 
     folds: int = 1
-    """Parts of the calibration windows. Where gains are learnt afterwards, all is solved for once
-    more without each part, for their sake; what is solved for with all windows stays."""
+    """Parts of the calibration windows that all is solved for on by itself; the mean stays."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""

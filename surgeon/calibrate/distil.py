@@ -74,8 +74,8 @@ class Part:
     Attributes:
         ids: this process's token ids [samples, length], as `World.share` gives them; maybe none.
         streams: what the dense model's last piece (the head) is given: [length, width] by window.
-        replaced: tensors, in full size, that stand in the model that learns on these windows; the
-            same parameters in every part.
+        replaced: tensors, in the smaller model's size, that stand in it while it learns on these
+            windows; the same parameters in every part.
     """
 
     ids: torch.Tensor
@@ -114,12 +114,12 @@ def distilled(
     world = machine.world
     head = Running(segments(axes.program)[-1], dense, world.device)
     gains, change = _gains(program, selection, world.device)
-    module = lower(program, lambda name: removed(selection, name, now(name)), change=change)
-    module = module.to(world.device)
-    replaced = [
-        {n: removed(selection, n, t.float()).to(world.device) for n, t in part.replaced.items()}
-        for part in parts
-    ]
+
+    def small(name: str) -> torch.Tensor:
+        found = parts[0].replaced.get(name)
+        return removed(selection, name, now(name)) if found is None else found
+
+    module = lower(program, small, change=change).to(world.device)
     every = [g for pair in gains.values() for g in pair]
     adam = torch.optim.Adam(every, lr=schedule.rate, betas=(0.9, 0.98))
     order = _turns([world.count(len(part.ids)) for part in parts])
@@ -136,12 +136,12 @@ def distilled(
             which, row = order[number % len(order)]
             if row % world.size != world.rank:
                 continue
-            part, row = parts[which], row // world.size
-            for name, tensor in replaced[which].items():
-                module.get_parameter(name).data = tensor
-            batch = part.ids[row : row + 1].to(world.device)
+            part, own = parts[which], row // world.size
+            for name, tensor in part.replaced.items():
+                module.get_parameter(name).data = tensor.to(world.device)
+            batch = part.ids[own : own + 1].to(world.device)
             with torch.no_grad():
-                (wanted,) = head(batch, part.streams[row][None])
+                (wanted,) = head(batch, part.streams[own][None])
             positions = torch.arange(batch.shape[1], device=batch.device).expand(len(batch), -1)
             found = module(batch, torch.ones_like(batch), positions)
             divergence, slope = _divergence(found.detach(), wanted)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,9 +15,8 @@ from surgeon.axes.contractions import Contraction, contractions
 from surgeon.calibrate.gradients import Fisher, Gradients, there_and_back
 from surgeon.calibrate.moments import Moments, together
 from surgeon.calibrate.routing import Routing, routes
-from surgeon.calibrate.segments import segments, unchanged
 from surgeon.calibrate.similarity import spans
-from surgeon.calibrate.smaller import OnData
+from surgeon.calibrate.smaller import TRIAL_WINDOWS, OnData
 from surgeon.calibrate.statistics import walk
 from surgeon.calibrate.taps import Asked
 from surgeon.errors import Code, SurgeonError, near
@@ -24,8 +24,9 @@ from surgeon.errors import Code, SurgeonError, near
 EXTRA_BYTES = 2**30
 """What is gathered besides what is asked for, as it will be asked for next, may take so much."""
 
-WIDEST = 8192
-"""Maps with more outputs than this have no Fisher matrix gathered unless it is asked for."""
+TOKENS_A_CHANNEL = 16
+"""Tokens for each channel of a second moment that is let go soon. For a change of basis, which is
+exact whatever it is, some thousand tokens are as good as all."""
 
 
 @dataclass
@@ -38,14 +39,6 @@ class _Known:
     fisher: dict[str, Fisher] = field(default_factory=dict[str, Fisher])
     similarity: dict[str, float] = field(default_factory=dict[str, float])
     routing: dict[str, Routing] = field(default_factory=dict[str, Routing])
-
-    def of(self, values: Collection[str]) -> _Known:
-        """Returns what is known of some values, and nothing of parameters or branches."""
-        return _Known(
-            {n: found for n, found in self.second.items() if n in values},
-            {n: found for n, found in self.norms.items() if n in values},
-            fisher={n: found for n, found in self.fisher.items() if n in values},
-        )
 
 
 class Gathered(OnData):
@@ -61,35 +54,34 @@ class Gathered(OnData):
 
     # --- between passes --------------------------------------------------------------------------
 
-    def with_rewrites(
-        self, rewrites: Mapping[str, torch.Tensor], *, dense: bool, exact: bool = False
-    ) -> Gathered:
+    def with_rewrites(self, rewrites: Mapping[str, torch.Tensor], *, dense: bool) -> Gathered:
         """Returns the same data on a model in which some tensors are replaced.
 
         Args:
             rewrites: full-size tensors by parameter.
             dense: replace them in the dense model too: what is known of it is then gathered anew.
                 Without it they hold in the pruned model alone.
-            exact: the dense model computes what it did, as after a change of basis: what is known
-                of values that can't have changed is kept.
         """
         made = copy(self)
         made.pruned = {**self.pruned, **rewrites}
-        if any(rewrites.keys() != found.keys() for found in self._without):
-            made._without = ()  # they are of a model that other passes have changed since
+        if self._without is not None and frozenset(rewrites) != self._without.names:
+            made._without = None  # it is of a model that other passes have changed since
         if dense and rewrites:
             made._streams = {}
             made.dense = {**self.dense, **rewrites}
-            same = unchanged(segments(self.axes.program), rewrites) if exact else frozenset[str]()
-            made._known = self._known.of(same)
+            made._known = _Known()
         return made
 
-    def expect(self, needs: Iterable[str]) -> None:
+    def expect(self, needs: Iterable[str], *, brief: bool = False) -> None:
         """Hears what passes will ask for, by their `needs`, so that one walk can gather it.
 
         What none of them needs is let go: matrices by the hundred, on top of which others train.
+
+        Args:
+            needs: of all passes that will look at this model.
+            brief: it is replaced by another as soon as it was looked at once.
         """
-        self._expected = frozenset(needs)
+        self._expected, self._brief = frozenset(needs), brief
         if self._expected.isdisjoint(("activations: second moment", "activations: norms")):
             self._known.second.clear()
         if "gradients: outputs" not in self._expected:
@@ -145,10 +137,7 @@ class Gathered(OnData):
         values = {name: [c.out for c in self._uses(name)] for name in params}
         missing = {v for found in values.values() for v in found} - self._known.fisher.keys()
         if missing:
-            asked = Asked()
-            if "activations: second moment" in self._expected:
-                asked = Asked(frozenset(self._inputs(params) - self._known.second.keys()))
-            self._there_and_back((), self._outputs(params, missing), asked)
+            self._there_and_back((), self._outputs(params, missing))
         known = self._known.fisher
         return {n: _averaged([known[v] for v in found]) for n, found in values.items()}
 
@@ -197,20 +186,13 @@ class Gathered(OnData):
         missing = wanted - have.keys()
         if missing:
             # One walk gives all: a caller that asks for one layer will ask for the next.
-            more = self._inputs(params) if full else {c.value for c in self._maps}
-            values_ = frozenset(missing | ((more if params else set()) - have.keys()))
-            self._gather(Asked(second=values_) if full else Asked(norms=values_), params)
+            if params and not self._brief:
+                more = self._inputs(params) if full else {c.value for c in self._maps}
+                missing |= more - have.keys()
+            values_ = frozenset(missing)
+            self._forward(Asked(second=values_) if full else Asked(norms=values_))
             have = known.second if full else {**known.norms, **known.second}
         return have
-
-    def _gather(self, asked: Asked, params: Sequence[str]) -> None:
-        """Gathers what is asked for, there and back if gradients are going to be asked for too."""
-        made = {c.out for c in self._maps if c.param in params}
-        if "gradients: outputs" in self._expected and made - self._known.fisher.keys():
-            narrow = [v for v in self._outputs(params, made) if self._width(v) <= WIDEST]
-            self._there_and_back((), narrow, asked)
-        else:
-            self._forward(asked)
 
     def _also(self, asked: Asked) -> Asked:
         """Adds what was announced and costs next to nothing."""
@@ -223,40 +205,38 @@ class Gathered(OnData):
         return asked
 
     def _forward(self, asked: Asked) -> None:
-        asked = self._also(asked)
-        ids, tokens = self.ids, self.windows.ids.size
-        if "gradients: outputs" in self._expected:
-            # As what is gathered on the walk with gradients: all of it describes the same windows.
-            ids, tokens = self.gradient_ids, self._gradient_tokens
-        self._check_enough(asked.second, tokens)
+        asked, known = self._also(asked), self._known
+        windows = self._looked_at(asked)
+        self._check_enough(asked.second, windows.numel())
+        ids = self.machine.world.share(windows)
         for _, seen in walk(self.axes.program, self.read, ids, asked, self.machine):
-            self._keep(asked, seen.moments, seen.similarity)
-            self._known.routing.update(seen.routing)
+            for name, found in seen.moments.items():
+                (known.second if name in asked.second else known.norms)[name] = found
+            known.similarity.update(seen.similarity)
+            known.routing.update(seen.routing)
 
-    def _there_and_back(
-        self, params: Sequence[str], outputs: Sequence[str], asked: Asked | None = None
-    ) -> None:
-        asked = self._also(asked or Asked())
-        self._check_enough(asked.second, self._gradient_tokens)
-        found = there_and_back(
-            self.axes.program,
+    def _looked_at(self, asked: Asked) -> torch.Tensor:
+        """Returns the windows that statistics are gathered on."""
+        every = torch.from_numpy(self.windows.ids)
+        if "loss: divergence" in self._expected and len(every) > TRIAL_WINDOWS:
+            every = every[:-TRIAL_WINDOWS]
+        if self._brief and asked.second:
+            wanted = TOKENS_A_CHANNEL * max(self._width(v) for v in asked.second)
+            every = every[: math.ceil(wanted / every.shape[1])]
+        return every
+
+    def _there_and_back(self, params: Sequence[str], outputs: Sequence[str]) -> None:
+        program, known = self.axes.program, self._known
+        gradients, fisher = there_and_back(
+            program,
             self.read,
             self.gradient_ids,
             params=params,
             outputs=outputs,
-            asked=asked,
             machine=self.machine,
         )
-        self._known.gradients.update(found.gradients)
-        self._known.fisher.update(found.fisher)
-        self._keep(asked, found.seen.moments, found.seen.similarity)
-
-    def _keep(
-        self, asked: Asked, moments: Mapping[str, Moments], similarity: Mapping[str, float]
-    ) -> None:
-        for name, found in moments.items():
-            (self._known.second if name in asked.second else self._known.norms)[name] = found
-        self._known.similarity.update(similarity)
+        known.gradients.update(gradients)
+        known.fisher.update(fisher)
 
     def _inputs(self, params: Sequence[str]) -> set[str]:
         """Returns the values whose second moments are gathered when those of `params` are.

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from surgeon.calibrate.loss import HEAD_TOKENS, slope_of_summed
-from surgeon.calibrate.moments import Moments
 from surgeon.calibrate.parallel import World
 from surgeon.calibrate.running import Get, Machine, Running, not_finite
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.states import States, scratch
 from surgeon.calibrate.statistics import forward
-from surgeon.calibrate.taps import Asked, Seen, Taps, taps
+from surgeon.calibrate.taps import Asked, taps
 from surgeon.errors import Code, SurgeonError
 from surgeon.ir import Program
 
@@ -98,15 +97,6 @@ class _Products:
         return Fisher(count, self.total.div_(count).float())
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one walk there and back gathered: by parameter, by value, and on the way there."""
-
-    gradients: Mapping[str, Gradients]
-    fisher: Mapping[str, Fisher]
-    seen: Seen
-
-
 def there_and_back(
     program: Program,
     get: Get,
@@ -114,11 +104,10 @@ def there_and_back(
     *,
     params: Sequence[str] = (),
     outputs: Sequence[str] = (),
-    asked: Asked | None = None,
     machine: Machine | None = None,
     kept: int | None = None,
-) -> Found:
-    """Returns gradients of the loss, and whatever else is asked for on the way.
+) -> tuple[dict[str, Gradients], dict[str, Fisher]]:
+    """Returns gradients of the loss by parameter, and their second moments by value.
 
     Windows go through the program in blocks. Forward, what each piece is given is kept; back, each
     piece is computed again, with a graph, and gives the gradient of what it was given.
@@ -129,7 +118,6 @@ def there_and_back(
         ids: this process's token ids [samples, length].
         params: parameters to differentiate by. One used in several pieces gets the sum.
         outputs: values, made by maps, whose gradients' second moments are asked for.
-        asked: what is read off going forward.
         machine: how pieces are run.
         kept: tokens of a block; by default as many as `KEPT_BYTES` hold, or all on a disk.
 
@@ -140,17 +128,9 @@ def there_and_back(
     machine = machine or Machine()
     _check(program, params)
     back = _Back(program, get, params, outputs, machine)
-    read = taps(back.pieces, asked or Asked())
     for block in machine.batches(ids, kept or back.room(ids.shape[1])):
-        back.block(block, read)
-    moments: dict[str, Moments] = {}
-    similarity: dict[str, float] = {}
-    for tap in read:
-        seen = tap.done(machine.world)
-        moments |= seen.moments
-        similarity |= seen.similarity
-    gradients, fisher = back.done()
-    return Found(gradients, fisher, Seen(moments, similarity))
+        back.block(block)
+    return back.done()
 
 
 class _Back:
@@ -196,7 +176,7 @@ class _Back:
         a_token = 4 * sum(int(width) for width in widths)
         return max(length, KEPT_BYTES // max(1, a_token))
 
-    def block(self, ids: torch.Tensor, read: Sequence[Taps]) -> None:
+    def block(self, ids: torch.Tensor) -> None:
         """Takes a block of windows there and back."""
         # A squared gradient is of one window; a Fisher matrix takes several at once.
         tokens = ids.shape[1] if self.slopes else min(self.machine.tokens, HEAD_TOKENS)
@@ -204,9 +184,10 @@ class _Back:
         batches = machine.batches(ids)
         with scratch(machine.offload) as folder:
             given = [States(len(batches), folder) for _ in range(len(self.pieces) + 1)]
-            for i, piece in enumerate(self.pieces):
-                tap = read[i]
-                forward(piece, self.get, ids, given[i], given[i + 1], tap, machine)
+            for i, (piece, nothing) in enumerate(
+                zip(self.pieces, taps(self.pieces, Asked()), strict=True)
+            ):
+                forward(piece, self.get, ids, given[i], given[i + 1], nothing, machine)
             slopes = States(len(batches), folder)
             kept: dict[int, States] = {}
             for i in range(len(self.pieces) - 1, self.first - 1, -1):

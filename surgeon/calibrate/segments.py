@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from surgeon.axes.branches import ADD
@@ -76,22 +76,6 @@ def segments(program: Program, ops: Sequence[Op] | None = None) -> tuple[Segment
             if not cuts or cuts[-1][1] != name:
                 cuts.append((index + 1, name))
     return tuple(_pieces(program, order, light, cuts))
-
-
-def unchanged(pieces: Sequence[Segment], params: Collection[str]) -> frozenset[str]:
-    """Returns the values that are as they were when an exact change replaces some parameters.
-
-    An exact change is one after which the model computes what it did. A piece that reads none of
-    the parameters would compute something else from another input: what it is given, makes and
-    passes on is as it was. Between two values of the residual stream that are, so is what is added
-    to the one to make the other.
-    """
-    whole = [piece for piece in pieces if not set(params) & set(piece.params)]
-    same = {value for piece in whole for value in (piece.given, piece.passed) if value}
-    found = {name for piece in whole for name in piece.program.producer}
-    between = (piece for piece in pieces if same.issuperset({piece.given, piece.passed}))
-    found.update(value for piece in between if (value := piece.added))
-    return frozenset(found | same)
 
 
 def _light(program: Program, ops: Sequence[Op]) -> frozenset[str]:

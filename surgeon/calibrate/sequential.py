@@ -145,10 +145,10 @@ class _Maps:
 
 
 class _Smaller:
-    """The pruned model, and what is solved for on some of the batches.
+    """The pruned model of one part of the windows, and what is solved for on them.
 
     Args:
-        own: which batches.
+        own: which batches those are.
         states: for what it hands from piece to piece.
         weights: its weights before any is solved for; zero where they are removed.
         mask: see `sequential`.
@@ -250,7 +250,6 @@ def sequential(
     solve: Solve,
     machine: Machine | None = None,
     *,
-    apart: bool = False,
     change: Change | None = None,
     cross: bool = True,
     streams: list[torch.Tensor] | None = None,
@@ -259,7 +258,7 @@ def sequential(
 
     Every piece of the program runs in both models. Its parameters are solved for together; then
     the pruned model goes on with their replacements, so that later pieces see, and can make up
-    for, what is left of the error.
+    for, what is left of the error. Each part of the windows has a pruned model of its own.
 
     Args:
         program: of the dense model.
@@ -271,14 +270,13 @@ def sequential(
         params: those to solve for: each is multiplied with an input.
         solve: called once for each, in the order of the program.
         machine: how pieces are run.
-        apart: solve once more without each of the parts. The dense model is run once for all.
         change: what takes some operations' places in the pruned model.
         cross: give the products with the dense model's inputs even where a map makes up for the
             gap between the streams, and their products with that gap are known.
         streams: gets what the dense model's last piece (the head) is given, by window.
 
     Returns:
-        What was solved for with all windows; then, if that is asked for, without each part.
+        By part, what was solved for on its windows.
 
     Raises:
         SurgeonError: `bad-text-input` where a value is not finite.
@@ -291,18 +289,17 @@ def sequential(
     world, by_part = machine.world, [machine.batches(part) for part in parts]
     batches = [batch for found in by_part for batch in found]
     owner = [number for number, found in enumerate(by_part) for _ in found]
-    left = [None, *range(len(parts))] if apart else [None]
     wanted, done = set(params), set[str]()
     with scratch(machine.offload) as folder:
         dense = States(len(batches), folder)
         smaller = [
             _Smaller(
-                [i for i, part in enumerate(owner) if part != without],
+                [i for i, found in enumerate(owner) if found == part],
                 States(len(batches), folder),
                 lambda name: mask(name, now(name)),
                 mask,
             )
-            for without in left
+            for part in range(len(parts))
         ]
         tokens = [world.count(sum(batches[i].numel() for i in s.own)) for s in smaller]
         for piece in segments(program):

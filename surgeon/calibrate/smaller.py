@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,36 @@ from surgeon.calibrate.parallel import join
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine
 from surgeon.calibrate.sequential import Solve, sequential
 from surgeon.errors import Code, SurgeonError
-from surgeon.runtime.apply import kept_only, masked, rewritten
+from surgeon.runtime.apply import kept_only, masked, removed, rewritten
 
-GRADIENT_WINDOWS = 24
-"""Windows that the loss's gradients are taken on, with second moments on the same walk. What they
-cost is time alone, three forward passes a window. SmolLM2-135M, 20 % of the decoder by `default`,
-after least squares and without gains, twelve windows of 1,024 tokens outside the project's
-protocol: 12 windows of 512 tokens 37.9, 32 37.4, 60 37.0. With 48 a prune took 12 minutes of two
-cores instead of 5."""
+GRADIENT_WINDOWS = 12
+"""Windows that the loss's gradients are taken on; second moments want more of them. SmolLM2-135M,
+20 % of the decoder by `default`, after least squares and without gains, perplexity of twelve
+windows of 1,024 tokens outside the project's protocol: both on 12 windows of 512 tokens 39.86;
+second moments on 61 and gradients on 12 38.67, on 24 38.59; both on 60 38.57."""
 
 TRIAL_WINDOWS = 3
-"""Windows that the divergence of trials is taken on. They are the last: the walk with gradients,
-and what is gathered on it, has not seen them unless there are few."""
+"""Windows that the divergence of trials is taken on. They are the last: gradients and what else is
+gathered have not seen them unless there are few."""
+
+
+@dataclass(frozen=True)
+class _Without:
+    """What was solved for without each part of the windows.
+
+    Attributes:
+        plan: what is removed.
+        names: the parameters.
+        by_part: their tensors, in the smaller model's size.
+    """
+
+    plan: Plan
+    names: frozenset[str]
+    by_part: tuple[Mapping[str, torch.Tensor], ...]
+
+    def fits(self, plan: Plan, folds: int) -> bool:
+        """Tells whether they are of this plan and of so many parts."""
+        return len(self.by_part) == folds and self.plan == plan
 
 
 class OnData:
@@ -43,8 +62,8 @@ class OnData:
         offload: a folder where states between pieces are kept, so that windows and layers without
             number need no more memory; they stay in memory without it.
         loss_windows: how many windows the loss is taken over; all without it.
-        gradient_windows: how many windows the loss's gradients are taken on, with what is gathered
-            on the same walk; it costs three times what a walk forwards does.
+        gradient_windows: how many windows the loss's gradients are taken on; that costs four
+            times what a walk forwards does.
         notes: gets what there is to say to the user.
         tokens: how many go through a piece at a time, rounded to whole windows.
     """
@@ -73,13 +92,13 @@ class OnData:
         self.loss_ids = self.machine.world.share(every[:loss_windows])
         self.gradient_ids = self.machine.world.share(every[:gradient_windows])
         self.trial_ids = self.machine.world.share(every[-TRIAL_WINDOWS:])
-        self._gradient_tokens = every[:gradient_windows].numel()
         self.notes = [] if notes is None else notes
         self.dense: Mapping[str, torch.Tensor] = {}
         self.pruned: Mapping[str, torch.Tensor] = {}
         self._streams: dict[int, list[torch.Tensor]] = {}
-        self._without: tuple[Mapping[str, torch.Tensor], ...] = ()
+        self._without: _Without | None = None
         self._expected: frozenset[str] = frozenset()
+        self._brief = False
 
     def read(self, name: str) -> torch.Tensor:
         """Returns a parameter of the dense model, fp32."""
@@ -140,9 +159,11 @@ class OnData:
             params: to solve for.
             solve: from a name and a `Pair` to the tensor that replaces the parameter.
             cross: as `surgeon.calibrate.sequential` describes it.
-            folds: parts of the windows. Where gains are announced, and there are several parts, all
-                is solved for once more without each of them, so that `distilled` can learn on
-                what a model has not seen.
+            folds: parts of the windows. All is solved for on each part by itself; the mean of the
+                solutions is returned. Where gains are announced, `distilled` can then learn on
+                each part in a model that has not seen it.
+
+        Reference: Breiman, Bagging Predictors, 1996; Wortsman et al., Model soups, 2022.
 
         Raises:
             SurgeonError: `bad-option` where there are fewer windows than parts.
@@ -153,7 +174,7 @@ class OnData:
         distils = "activations: distillation" in self._expected
         # Who distils afterwards wants the dense stream at the head, which this walk comes by.
         streams: list[torch.Tensor] | None = [] if distils else None
-        found, *without = sequential(
+        found = sequential(
             self.axes.program,
             self.read,
             lambda name: _fp32(now(name)),
@@ -162,15 +183,21 @@ class OnData:
             params,
             solve,
             self.machine,
-            apart=distils and folds > 1,
             change=change,
             cross=cross,
             streams=streams,
         )
-        self._without = tuple(without)
         if streams is not None:
             self._streams[folds] = streams
-        return found
+            self._without = self._others(plan, found) if folds > 1 else None
+        return _mean(found)
+
+    def _others(self, plan: Plan, found: Sequence[Mapping[str, torch.Tensor]]) -> _Without:
+        """Returns for each part of the windows what was found on the others."""
+        selection = Selection(self.axes, plan)
+        means = (_mean([*found[:part], *found[part + 1 :]]) for part in range(len(found)))
+        small = ({n: removed(selection, n, t) for n, t in mean.items()} for mean in means)
+        return _Without(plan, frozenset(found[0]), tuple(small))
 
     def distilled(
         self, plan: Plan, *, rate: float, epochs: float, windows: int, folds: int = 1
@@ -182,9 +209,9 @@ class OnData:
             rate: Adam's largest step size.
             epochs: times that every window is seen.
             windows: in a step.
-            folds: parts of the windows. If `sequential` solved without each of as many, that is
-                what stands in the model that learns on a part; the gains, which are the same for
-                all, are then put into what was solved for with all windows.
+            folds: parts of the windows. If `sequential` solved on each of as many, what it found on
+                the others stands in the model that learns on a part; the gains, which are the same
+                for all, are then put into the mean over all of them.
 
         Returns:
             The tensors in full size, and the divergence from the dense model at every step, nats.
@@ -197,7 +224,9 @@ class OnData:
             whole = torch.cat(parts)
             self._streams[folds] = streams_of(program, self.read, whole, self.machine)
         streams = iter(self._streams[folds])
-        known = self._without if len(self._without) == folds else [{}] * folds
+        known: Sequence[Mapping[str, torch.Tensor]] = [{}] * folds
+        if self._without is not None and self._without.fits(plan, folds):
+            known = self._without.by_part
         now = rewritten(self.get, self.pruned)
         return distilled(
             self.axes,
@@ -237,6 +266,13 @@ class OnData:
             return torch.zeros_like(tensor) if name in silent else masked(selection, name, tensor)
 
         return mask, lambda where: kept_only(self.axes, selection, where)
+
+
+def _mean(found: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Returns the mean of several solutions for the same parameters."""
+    if len(found) == 1:
+        return dict(found[0])
+    return {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0]}
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from surgeon.axes.contractions import contractions
 from surgeon.axes.plan import Plan
-from surgeon.calibrate.gathered import WIDEST, Gathered
+from surgeon.calibrate.gathered import Gathered
 from surgeon.calibrate.gradients import Fisher, Gradients
 from surgeon.calibrate.moments import Moments
 from surgeon.calibrate.routing import Routing
@@ -21,6 +21,9 @@ from surgeon.errors import Code, SurgeonError, near
 
 Statistic = Literal["moments", "norms", "gradients", "fisher", "similarity", "routing"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
+
+WIDEST = 8192
+"""Maps with more outputs than this have no Fisher matrix gathered."""
 
 FORMAT = 1
 _KEY = "surgeon.statistics"
@@ -212,9 +215,7 @@ class Stored:
         """Refuses: learning from the dense model takes data."""
         raise self._lacks("what a pruned model learns", "it takes both models to run on the data")
 
-    def with_rewrites(
-        self, rewrites: Mapping[str, Any], *, dense: bool, exact: bool = False
-    ) -> Stored:
+    def with_rewrites(self, rewrites: Mapping[str, Any], *, dense: bool) -> Stored:
         """Returns the same statistics, which stay valid while the dense model is what it was.
 
         Raises:

@@ -19,6 +19,7 @@ from surgeon.calibrate.gathered import Gathered
 from surgeon.calibrate.loss import summed
 from surgeon.calibrate.running import placed
 from surgeon.calibrate.similarity import spans
+from surgeon.calibrate.smaller import TRIAL_WINDOWS
 from surgeon.calibrate.taps import Taps
 from surgeon.errors import Code, SurgeonError
 from surgeon.opening import Model, open_model
@@ -299,32 +300,25 @@ def test_statistics_stay_valid_until_the_dense_model_changes() -> None:
     assert found.moments([last])[last] is before
 
 
-@pytest.mark.parametrize(("name", "kept"), [("value_output", True), ("rotate_hidden", False)])
-def test_an_exact_change_keeps_what_can_not_have_changed(name: str, kept: bool) -> None:
-    """What is kept is what would be gathered anew; nothing is, where every piece is rewritten."""
-    from surgeon.plugin import Context
-    from surgeon.registry import build
+def test_what_is_let_go_soon_is_gathered_on_few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second moment wants so many tokens a channel; nothing else is gathered with it."""
+    found, (samples, length) = data(), ids().shape
+    width = origin().axes.get(FFN).size
+    monkeypatch.setattr(module, "TOKENS_A_CHANNEL", 1.5 * length / width)
+    found.expect(["activations: second moment"], brief=True)
+    assert found.moments([DOWN])[DOWN].count == 2 * length
+    assert len(found._known.second) == 1
+    found.expect(["activations: second moment"])
+    assert found.moments([UP])[UP].count == samples * length
+    assert len(found._known.second) > 2
 
-    found, model = data(), origin()
-    every = [c.param for c in contractions(model.program) if c.out not in model.program.outputs]
-    before, slopes = found.moments(every), found.fisher(every)
-    change = build("transform", name, {}).transform(
-        Context(model.axes, found.read, calibration=found)
-    )
-    assert change
-    known = found.with_rewrites(change, dense=True, exact=True)._known
-    anew = found.with_rewrites(change, dense=True)
-    assert not anew._known.second
-    for name, moments in anew.moments(every).items():
-        (place,) = [c for c in contractions(model.program) if c.param == name]
-        inside = "mlp" in name
-        assert (place.value in known.second) == (kept and inside)
-        assert (place.out in known.fisher) == (kept and (inside or "o_proj" in name))
-        if place.value in known.second:
-            torch.testing.assert_close(before[name].second, moments.second, rtol=1e-3, atol=1e-4)
-        if place.out in known.fisher:
-            again = anew.fisher([name])[name].second
-            torch.testing.assert_close(slopes[name].second, again, rtol=1e-3, atol=1e-7)
+
+def test_statistics_have_not_seen_the_windows_of_trials() -> None:
+    for needs, unseen in ((["loss: divergence"], TRIAL_WINDOWS), ([], 0)):
+        found = data()
+        found.expect(["activations: second moment", *needs])
+        length = found.windows.ids.shape[1]
+        assert found.moments([DOWN])[DOWN].count == found.windows.ids.size - unseen * length
 
 
 # --- where it runs and what is kept --------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_blocks_and_batches_change_nothing() -> None:
     found = origin("Llama")
     params = ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight")
     out = {c.param: c.out for c in contractions(found.program)}
-    one = gradients.there_and_back(
+    slopes, fisher = gradients.there_and_back(
         found.program,
         found.read,
         ids(),
@@ -118,11 +118,11 @@ def test_blocks_and_batches_change_nothing() -> None:
         kept=2 * LENGTH,
     )
     for key in params:
-        assert one.gradients[key].count == WINDOWS
-        near(one.gradients[key].mean, expected[key].mean(0))
-        near(one.gradients[key].square, expected[key].square().mean(0))
-    slopes = tokens[params[1]]
-    near(one.fisher[out[params[1]]].second, slopes.T @ slopes / len(slopes))
+        assert slopes[key].count == WINDOWS
+        near(slopes[key].mean, expected[key].mean(0))
+        near(slopes[key].square, expected[key].square().mean(0))
+    rows = tokens[params[1]]
+    near(fisher[out[params[1]]].second, rows.T @ rows / len(rows))
 
 
 def test_only_what_is_asked_for_is_held_and_only_pieces_after_it_are_taken_back(
@@ -140,25 +140,6 @@ def test_only_what_is_asked_for_is_held_and_only_pieces_after_it_are_taken_back(
     found = gathered("Llama").gradients([name])
     assert set(found) == {name}
     assert taken and not any("layers.0." in p or "self_attn" in p for t in taken for p in t)
-
-
-def test_moments_and_fisher_come_of_one_walk_if_both_are_announced(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    down = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
-    alone = gathered("Llama")
-    for first in ("moments", "fisher"):
-        both = gathered("Llama")
-        both.expect(["weights", "activations: second moment", "gradients: outputs"])
-        for call in (first, "fisher", "moments"):
-            getattr(both, call)(down[:1])
-        reads: list[str] = []
-        both.get = reads.append  # type: ignore[assignment]
-        moments, fisher = both.moments(down), both.fisher(down)
-        assert reads == []
-        for key in down:
-            near(moments[key].second, alone.moments(down)[key].second)  # type: ignore[arg-type]
-            near(fisher[key].second, alone.fisher(down)[key].second)
 
 
 def test_the_summed_loss_is_that_of_the_next_token() -> None:

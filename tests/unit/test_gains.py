@@ -158,7 +158,7 @@ def solving(origin: Model) -> Any:
 
     def solve(name: str, pair: Any) -> torch.Tensor:
         old = origin.read(name)
-        return old + 1e-3 * (pair.cross - pair.pruned).float()[: len(old)]
+        return old + 3e-2 * (pair.cross - pair.pruned).float()[: len(old)]
 
     return solve
 
@@ -166,50 +166,70 @@ def solving(origin: Model) -> Any:
 DOWN = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 
 
-def test_gains_learn_on_each_part_in_the_model_that_has_not_seen_it(
+def gathered(origin: Model, rows: torch.Tensor) -> Gathered:
+    made = Gathered(origin.axes, origin.read, Windows(rows.numpy()))
+    made.expect(["activations: distillation"])
+    return made
+
+
+def test_what_is_solved_for_in_parts_is_the_mean_of_what_each_comes_to(
     llama: Model, halved: Plan, ids: torch.Tensor
 ) -> None:
-    """The first step of two is on the first part's window: what solved without it stands there."""
-
-    def data(rows: torch.Tensor) -> Gathered:
-        made = Gathered(llama.axes, llama.read, Windows(rows.numpy()))
-        made.expect(["activations: distillation"])
-        return made
-
-    both, solve = data(ids), solving(llama)
-    whole = both.sequential(halved, DOWN, solve, folds=2)
-    plain = data(ids).sequential(halved, DOWN, solve)
-    halves = [data(half).sequential(halved, DOWN, solve) for half in (ids[6:], ids[:6])]
+    solve = solving(llama)
+    whole = gathered(llama, ids).sequential(halved, DOWN, solve, folds=3)
+    parts = [gathered(llama, p).sequential(halved, DOWN, solve) for p in ids.tensor_split(3)]
     for name in DOWN:
-        torch.testing.assert_close(whole[name], plain[name])
-        assert not torch.equal(halves[0][name], halves[1][name])
+        assert not torch.equal(parts[0][name], parts[1][name])
+        torch.testing.assert_close(whole[name], torch.stack([p[name] for p in parts]).mean(0))
+
+
+@pytest.mark.parametrize("folds", [2, 3])
+def test_gains_learn_on_each_part_in_what_was_solved_for_on_the_others(
+    llama: Model, halved: Plan, ids: torch.Tensor, folds: int
+) -> None:
+    """The first step is taken on the first window of each part."""
+    both, solve, parts = gathered(llama, ids), solving(llama), ids.tensor_split(folds)
+    whole = both.sequential(halved, DOWN, solve, folds=folds)
+    alone = [gathered(llama, part).sequential(halved, DOWN, solve) for part in parts]
 
     def first(model: Gathered, change: Any, folds: int, windows: int = 1) -> float:
         seen = model.with_rewrites(change, dense=False)
         return seen.distilled(halved, rate=1e-9, epochs=1, windows=windows, folds=folds)[1][0]
 
-    found = first(both, whole, 2, windows=2)
-    own = [first(data(ids[k : k + 1]), half, 1) for k, half in ((0, halves[0]), (6, halves[1]))]
-    assert found == pytest.approx(sum(own) / 2, rel=1e-5)
-    other = [first(data(ids[k : k + 1]), half, 1) for k, half in ((0, halves[1]), (6, halves[0]))]
-    assert found != pytest.approx(sum(other) / 2, rel=1e-4)
+    def means(own: bool) -> float:
+        total = 0.0
+        for number, part in enumerate(parts):
+            used = [s for k, s in enumerate(alone) if (k == number) == own]
+            mean = {n: torch.stack([s[n] for s in used]).mean(0) for n in DOWN}
+            total += first(gathered(llama, part[:1]), mean, 1) / folds
+        return total
 
-    # Another pass changes the model: what was solved for is of one that is no more.
-    queries = {"model.layers.0.self_attn.q_proj.weight"}
-    changed = {**whole, **{name: llama.read(name) * 1.1 for name in queries}}
-    fresh = both.with_rewrites(whole, dense=False).with_rewrites(changed, dense=False)
-    _, steps = fresh.distilled(halved, rate=1e-9, epochs=1, windows=2, folds=2)
-    _, plain_steps = (
-        data(ids)
-        .with_rewrites(changed, dense=False)
-        .distilled(halved, rate=1e-9, epochs=1, windows=2, folds=2)
-    )
-    assert steps == plain_steps
+    found = first(both, whole, folds, windows=folds)
+    assert found == pytest.approx(means(own=False), rel=1e-5)
+    assert found != pytest.approx(means(own=True), rel=1e-3)
 
 
-def test_gains_of_parts_are_put_into_what_was_solved_for_with_all(
-    data: Gathered, llama: Model, halved: Plan
+def test_what_other_passes_changed_since_does_not_learn(
+    llama: Model, halved: Plan, ids: torch.Tensor
 ) -> None:
+    data = gathered(llama, ids)
+    whole = data.sequential(halved, DOWN, solving(llama), folds=2)
+    queries = "model.layers.0.self_attn.q_proj.weight"
+    changed = {**whole, queries: llama.read(queries) * 1.1}
+
+    def steps(start: Gathered, plan: Plan = halved) -> tuple[float, ...]:
+        seen = start.with_rewrites(changed, dense=False)
+        return seen.distilled(plan, rate=1e-9, epochs=1, windows=2, folds=2)[1]
+
+    after = data.with_rewrites(whole, dense=False)
+    assert steps(after) == steps(gathered(llama, ids))
+    other = Plan(halved.cuts[:1])
+    learnt = after.distilled(other, rate=1e-9, epochs=1, windows=2, folds=2)[1]
+    fresh = gathered(llama, ids).with_rewrites(whole, dense=False)
+    assert learnt == fresh.distilled(other, rate=1e-9, epochs=1, windows=2, folds=2)[1]
+
+
+def test_gains_of_parts_are_put_into_the_mean(data: Gathered, llama: Model, halved: Plan) -> None:
     data.expect(["activations: distillation"])
     whole = data.sequential(halved, DOWN, solving(llama), folds=3)
     seen = data.with_rewrites(whole, dense=False)
@@ -223,19 +243,6 @@ def test_parts_take_turns() -> None:
     assert _turns([2, 2]) == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert _turns([3, 1]) == [(0, 0), (0, 1), (1, 0), (0, 2)]
     assert _turns([2, 0]) == [(0, 0), (0, 1)]
-
-
-def test_without_gains_to_come_there_are_no_parts(data: Gathered, halved: Plan) -> None:
-    params, asked = DOWN[:1], list[int]()
-
-    def solve(name: str, pair: Any) -> torch.Tensor:
-        asked.append(pair.count)
-        return data.read(name)
-
-    data.sequential(halved, params, solve, folds=2)
-    data.expect(["activations: distillation"])
-    data.sequential(halved, params, solve, folds=2)
-    assert asked == [asked[0], asked[0], asked[0] // 2, asked[0] // 2]
 
 
 def test_the_default_recipe_learns_gains_on_what_least_squares_did_not_see() -> None:
