@@ -56,17 +56,9 @@ class Curve:
         lost = np.concatenate([np.zeros_like(sums[..., :1]), sums], axis=-1)
         return cls(axis, axis.outer if score.ndim > 1 else (), kept, lost, rank)
 
-    def scaled(self, factors: Mapping[int, float]) -> Curve:
-        """Returns the curve with losses times a factor that depends on how many indices go.
-
-        Args:
-            factors: by how many go, at least one; between two of them it is interpolated.
-        """
-        known = sorted(factors)
-        factor = np.interp(np.arange(self.axis.size + 1), known, [factors[n] for n in known])
-        # A factor that falls must not make more cost less.
-        lost = np.maximum.accumulate(self.lost * factor, axis=-1)
-        return Curve(self.axis, self.outer, self.kept, lost, self.rank)
+    def scaled(self, factor: float) -> Curve:
+        """Returns the curve with losses times a factor."""
+        return Curve(self.axis, self.outer, self.kept, self.lost * factor, self.rank)
 
     def at(self, kept: int) -> float:
         """Returns the loss in all when each enclosing index keeps so many."""

@@ -83,10 +83,6 @@ class Budgeted(SelectPass):
     reference: float = 0.1
     """Share of a role's or an axis's indices that is cut to measure it."""
 
-    rounds: int = 1
-    """Times that axes are measured by their divergence: first at `reference`, then every axis that
-    is cut at the count chosen by then. Between two counts, scales are interpolated."""
-
     caution: float = 0.6
     """Standard deviations over tokens that are added to a mean divergence."""
 
@@ -119,8 +115,6 @@ class Budgeted(SelectPass):
             raise ValueError(f"reference is {self.reference}, a share lies between 0 and 1")
         if not set(self.measure) <= set(self.roles):
             raise ValueError(f"measure is {self.measure}, of the roles {self.roles}")
-        if self.rounds < 1:
-            raise ValueError(f"rounds is {self.rounds}, it has to be 1 or more")
         if not self.caution >= 0:  # true for NaN as well
             raise ValueError(f"caution is {self.caution}, it has to be 0 or more")
 
@@ -160,8 +154,6 @@ class _Search:
         self.options, self.context, self.budget, self.wanted = options, context, budget, wanted
         self._known: dict[str, Any] = {}
         self._scores = scores
-        self._factors: dict[str, dict[int, float]] = {}
-        self._chosen: Mapping[str, int] | None = None
         self.scores = GetScores(self._score, scores.unit, scores.cumulative)
         self.meter: Meter = budget.meter(context.axes)
         moot = frozenset[str]().union(*owned(context.axes, wanted.dropped).values())
@@ -185,14 +177,6 @@ class _Search:
 
     def found(self) -> tuple[dict[str, int], tuple[str, ...]]:
         """Returns the counts and dropped branches of least loss."""
-        rounds = self.options.rounds if self.options.unit == "divergence" else 1
-        for _ in range(rounds - 1):
-            said = len(self.context.notes)
-            self._chosen, _ = self._once()
-            del self.context.notes[said:]  # of a choice that is made anew
-        return self._once()
-
-    def _once(self) -> tuple[dict[str, int], tuple[str, ...]]:
         assert self.budget.ratio is not None
         wanted, whole = self.wanted, self.meter.whole
         goal = self.budget.ratio * whole
@@ -315,7 +299,7 @@ class _Search:
         factors = {role: self._factor(role, curves, base) for role in roles}
         said = ", ".join(f"{role} {factor:.3g}" for role, factor in factors.items())
         self.context.notes.append(f"scores are scaled to the growth of the loss: {said}")
-        return {n: c.scaled({0: factors.get(c.axis.role, 1.0)}) for n, c in curves.items()}
+        return {n: c.scaled(factors.get(c.axis.role, 1.0)) for n, c in curves.items()}
 
     def _factor(self, role: str, curves: dict[str, Curve], base: float) -> float:
         """Returns the measured growth of the loss over the predicted, of one role cut alone."""
@@ -331,9 +315,7 @@ class _Search:
         return max(grown, 1e-6 * base) / predicted
 
     def _reference(self, axis: Axis, curve: Curve) -> int:
-        """Returns the count at which an axis is measured: where it was cut before, if it was."""
-        if self._chosen is not None:
-            return self._chosen.get(axis.name, axis.size)
+        """Returns the count at which an axis is measured."""
         gone = max(1, round(self.options.reference * axis.size))
         return nearest(axis, axis.size - gone, curve.kept, self.budget.multiple(axis))
 
@@ -345,20 +327,18 @@ class _Search:
         counts = {n: k for n, k in counts.items() if curves[n].at(k) > 0}
         plans = [plan_of(self.context, self.scores, {n: k}) for n, k in counts.items()]
         found = self.context.divergences((p, self._refitted(p)) for p in plans)
-        factors = self._factors
+        factors: dict[str, float] = {}
         for (name, count), each in zip(counts.items(), found, strict=True):
             # How far predictions move, with what they may on another text.
             lost = each.mean + self.options.caution * each.deviation
             # What costs nothing to cut a little is still not free.
-            gone = curves[name].axis.size - count
-            factors.setdefault(name, {})[gone] = max(lost, 1e-9) / curves[name].at(count)
-        every = [factor for found in factors.values() for factor in found.values()]
-        if every:
+            factors[name] = max(lost, 1e-9) / curves[name].at(count)
+        if factors:
+            least, most = min(factors.values()), max(factors.values())
             self.context.notes.append(
-                "scores are scaled to the measured divergence by axis: "
-                f"{min(every):.3g} to {max(every):.3g}"
+                f"scores are scaled to the measured divergence by axis: {least:.3g} to {most:.3g}"
             )
-        others = {0: float(np.median(every)) if every else 1.0}
+        others = float(np.median(list(factors.values()))) if factors else 1.0
         return {n: c.scaled(factors.get(n, others)) for n, c in curves.items()}
 
     def _refitted(self, plan: Plan) -> Callable[[str], Any]:

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.select import budgeted as module
-from passes.select._curves import Curve
 from passes.select._shared import Asked, costs_of, plan_of
 from passes.select.budgeted import Budgeted
 from surgeon.axes import Axes, analyse
@@ -398,36 +397,3 @@ def test_axes_of_roles_that_are_not_measured_are_scaled_by_the_median() -> None:
     assert set(told.given) == {FFN, OTHER}
     assert factors[KV] == pytest.approx(np.median([factors[FFN], factors[OTHER]]))
     assert factors[KV] > 100
-
-
-def test_what_is_cut_is_measured_again_where_it_was_cut() -> None:
-    """The other layer is not cut by then, and is not measured again."""
-    size = axes_of().get(FFN).size
-    scores = {FFN: np.full(size, 1.0), OTHER: np.full(size, 1.0)}
-    told = Diverged({FFN: (0.01, 0.0), OTHER: (9.0, 0.0)})
-    options = Budgeted(("ffn",), unit="divergence", reference=0.25, rounds=2)
-    given = Context(axes_of(), lambda n: torch.ones(widths(n)), calibration=told)
-    found = kept(options.select(given, get(scores), budget(0.1, (FFN, OTHER))))
-    first, second = size - round(size / 4), found[FFN]
-    assert OTHER not in found
-    assert [kept(plan) for plan in told.asked] == [{FFN: first}, {OTHER: first}, {FFN: second}]
-    (said,) = [note for note in given.notes if "scaled" in note]
-    # 0.01 for each cut of what is predicted: as many as go.
-    assert f": {0.01 / (size - min(first, second)):.3g} to" in said
-    assert sum("was asked for" in note for note in given.notes) == 1
-
-
-def test_between_two_measured_counts_scales_are_interpolated() -> None:
-    axis = axes_of().get(FFN)
-    costs = np.ones(axis.size)
-    curve = Curve.of(axis, costs, costs, np.arange(axis.size, -1, -1))
-    found = curve.scaled({4: 1.0, 8: 3.0})
-    went = {n: found.at(axis.size - n) for n in (0, 2, 4, 6, 8, 10)}
-    assert went == pytest.approx({0: 0, 2: 2, 4: 4, 6: 12, 8: 24, 10: 30})
-    falling = curve.scaled({4: 3.0, 8: 1.0})
-    assert falling.at(axis.size - 8) == pytest.approx(max(3 * 4, 2.5 * 5, 2 * 6, 1.5 * 7, 8))
-
-
-def test_rounds_that_mean_nothing() -> None:
-    with pytest.raises(ValueError, match="rounds"):
-        Budgeted(rounds=0)
