@@ -10,8 +10,14 @@ SmolLM2-135M, 20 % of the decoder from MLPs alone by optimal brain surgeon in un
 eight windows of WikiText-2's test set that are not in the project's protocol: towards the branch
 28.0, towards the stream 26.5, with a ridge of 0.2 instead of 0.01 26.2 (dense 18.7).
 
+The mean of what parts of the windows come to, each on a pruned model of its own, is better on other
+text than what all of them come to at once, and takes no longer. Another plan, twelve windows of
+1,024: all 64 windows at once 39.86; a half of them 41.19, the mean of both halves 39.58; quarters
+42.6 to 43.4, the mean of three 39.91, of four 39.45 (with a ridge of 0.1 39.73).
+
 Reference: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017, eq. 5;
-Frantar and Alistarh, SparseGPT, 2023 (sequential calibration).
+Frantar and Alistarh, SparseGPT, 2023 (sequential calibration); Breiman, Bagging Predictors, 1996,
+and Wortsman et al., Model soups, 2022 (means of solutions).
 """
 
 from __future__ import annotations
