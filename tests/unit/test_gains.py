@@ -355,6 +355,19 @@ def test_the_default_recipe_runs_whole_and_is_verified(name: str) -> None:
     assert pruned.report.verification["largest"] <= 1e-4
 
 
+def test_only_a_change_of_basis_looks_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[bool, bool]] = []
+    real = Gathered.expect
+
+    def expect(self: Gathered, needs: Any, *, brief: bool = False) -> None:
+        heard.append((brief, "gradients: outputs" in needs))
+        real(self, needs, brief=brief)
+
+    monkeypatch.setattr(Gathered, "expect", expect)
+    surgeon.prune(models.tiny("Llama"), ratio=0.2, recipe="default", calibration=TEXT, verify=False)
+    assert heard == [(True, False), (False, True), (False, False), (False, False)]
+
+
 @pytest.mark.parametrize("target", ["transformers", "pt2", "onnx"])
 def test_what_the_default_recipe_makes_is_written_to_every_target(
     target: str, tmp_path: Path
