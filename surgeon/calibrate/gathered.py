@@ -186,9 +186,8 @@ class Gathered(OnData):
         missing = wanted - have.keys()
         if missing:
             # One walk gives all: a caller that asks for one layer will ask for the next.
-            if params and not self._brief:
-                more = self._inputs(params) if full else {c.value for c in self._maps}
-                missing |= more - have.keys()
+            if params:
+                missing |= self._alike(params, full) - have.keys()
             values_ = frozenset(missing)
             self._forward(Asked(second=values_) if full else Asked(norms=values_))
             have = known.second if full else {**known.norms, **known.second}
@@ -238,18 +237,24 @@ class Gathered(OnData):
         known.gradients.update(gradients)
         known.fisher.update(fisher)
 
-    def _inputs(self, params: Sequence[str]) -> set[str]:
-        """Returns the values whose second moments are gathered when those of `params` are.
+    def _alike(self, params: Sequence[str], full: bool) -> set[str]:
+        """Returns the values whose moments are gathered when those of `params` are."""
+        if self._brief:
+            return self._of_role(params)
+        return self._inputs(params) if full else {c.value for c in self._maps}
 
-        They are the inputs of every map that is summed over an axis of the same role, and of
-        others, narrow ones first, while they take little room.
-        """
+    def _of_role(self, params: Sequence[str]) -> set[str]:
+        """Returns the inputs of every map that is summed over an axis of the same role."""
         roles: dict[str, set[str]] = {}
         for axis in self.axes.axes:
             for consumer in consumers(self.axes, axis):
                 roles.setdefault(axis.role, set()).add(consumer.param)
         like = {n for names in roles.values() if names & set(params) for n in names}
-        return self._with_room({c.value for c in self._maps if c.param in like}, "value")
+        return {c.value for c in self._maps if c.param in like}
+
+    def _inputs(self, params: Sequence[str]) -> set[str]:
+        """Returns those inputs, and those of other maps, narrow ones first, while there is room."""
+        return self._with_room(self._of_role(params), "value")
 
     def _outputs(self, params: Sequence[str], missing: set[str]) -> list[str]:
         """Returns the values whose gradients' second moments are gathered with those missing."""
