@@ -185,13 +185,12 @@ def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, torch
 
     Args:
         found: logits [windows, length, vocab].
-        wanted: the dense model's, of the same shape.
+        wanted: the dense model's, of the same shape; the gradient takes their place.
 
     Returns:
         The mean over tokens of the Kullback-Leibler divergence, in nats, and its gradient.
     """
     rows, target = found.flatten(0, 1), wanted.flatten(0, 1)
-    slope = torch.empty_like(rows)
     total = 0.0
     for first in range(0, len(rows), ROWS):
         some = slice(first, first + ROWS)
@@ -199,8 +198,8 @@ def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, torch
         other = target[some].float().log_softmax(-1)
         share = other.exp()
         total += float((share * (other - own)).sum(dtype=torch.float64))
-        slope[some] = own.exp_().sub_(share).div_(len(rows))
-    return total / len(rows), slope.view_as(found)
+        target[some] = own.exp_().sub_(share).div_(len(rows))
+    return total / len(rows), target.view_as(found)
 
 
 def _gains(

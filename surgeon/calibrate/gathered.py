@@ -20,6 +20,7 @@ from surgeon.calibrate.smaller import TRIAL_WINDOWS, OnData
 from surgeon.calibrate.statistics import walk
 from surgeon.calibrate.taps import Asked
 from surgeon.errors import Code, SurgeonError, near
+from surgeon.memory import give_back
 
 EXTRA_BYTES = 2**30
 """What is gathered besides what is asked for, as it will be asked for next, may take so much."""
@@ -88,6 +89,7 @@ class Gathered(OnData):
             self._known.fisher.clear()
         if "gradients: weights" not in self._expected:
             self._known.gradients.clear()
+        give_back()
 
     # --- what passes ask for ---------------------------------------------------------------------
 
