@@ -33,6 +33,7 @@ from surgeon.calibrate.statistics import forward
 from surgeon.calibrate.taps import Asked, taps
 from surgeon.ir import ParamRef, Program
 from surgeon.ir.program import op_refs
+from surgeon.memory import give_back
 from surgeon.runtime.apply import removed
 from surgeon.runtime.lower import lower
 
@@ -150,6 +151,7 @@ def distilled(
         world.add(total, *(g.grad for g in every if g.grad is not None))
         adam.step()
         divergences.append(float(total))
+        give_back()  # a step's graph: the next one would lie around what is left of it
     return _folded(program, selection, now, gains), tuple(divergences)
 
 
