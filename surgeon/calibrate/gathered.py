@@ -65,7 +65,7 @@ class Gathered(OnData):
         """
         made = copy(self)
         made.pruned = {**self.pruned, **rewrites}
-        if self._without is not None and frozenset(rewrites) != self._without.names:
+        if self._without is not None and rewrites.keys() != self._without.names:
             made._without = None  # it is of a model that other passes have changed since
         if dense and rewrites:
             made._streams = {}

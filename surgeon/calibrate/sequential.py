@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from surgeon.axes.contractions import Contraction, contractions
+from surgeon.calibrate.parallel import World
 from surgeon.calibrate.running import Change, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
 from surgeon.calibrate.states import States, by_window, scratch
@@ -152,6 +153,8 @@ class _Smaller:
         states: for what it hands from piece to piece.
         weights: its weights before any is solved for; zero where they are removed.
         mask: see `sequential`.
+        world: the processes and the device.
+        change: see `sequential`.
     """
 
     def __init__(
@@ -160,22 +163,22 @@ class _Smaller:
         states: States,
         weights: Get,
         mask: Callable[[str, torch.Tensor], torch.Tensor],
+        world: World,
+        change: Change | None,
     ) -> None:
         self.own, self.states = frozenset(own), states
         self.found: dict[str, torch.Tensor] = {}
         self._before, self._mask = weights, mask
+        self._world, self._change = world, change
 
     def weight(self, name: str) -> torch.Tensor:
         """Returns a parameter as it is by now."""
         found = self.found.get(name)
         return self._before(name) if found is None else self._mask(name, found)
 
-    def enter(
-        self, maps: _Maps, machine: Machine, folder: Path | None, change: Change | None, cross: bool
-    ) -> None:
+    def enter(self, maps: _Maps, folder: Path | None, *, cross: bool) -> None:
         """Comes to the next piece."""
-        self._maps, self._world, self._change = maps, machine.world, change
-        device = self._world.device
+        self._maps, device, change = maps, self._world.device, self._change
         self._sums = maps.products(device, cross=cross)
         self._held = States(len(self.states) if maps.carried else 0, folder)
         end = maps.end
@@ -298,6 +301,8 @@ def sequential(
                 States(len(batches), folder),
                 lambda name: mask(name, now(name)),
                 mask,
+                world,
+                change,
             )
             for part in range(len(parts))
         ]
@@ -315,7 +320,7 @@ def sequential(
             maps = _Maps(piece, own)
             running = Running(piece, get, world.device, values=maps.values, passing=passes_on)
             for s in smaller:
-                s.enter(maps, machine, folder, change, cross)
+                s.enter(maps, folder, cross=cross)
             for i, batch in enumerate(batches):
                 with torch.no_grad():
                     x = running(batch, dense[i])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,16 @@ class _Without:
 
     Attributes:
         plan: what is removed.
-        names: the parameters.
-        by_part: their tensors, in the smaller model's size.
+        by_part: tensors of the same parameters, in the smaller model's size.
     """
 
     plan: Plan
-    names: frozenset[str]
     by_part: tuple[Mapping[str, torch.Tensor], ...]
+
+    @property
+    def names(self) -> Set[str]:
+        """The parameters."""
+        return self.by_part[0].keys()
 
     def fits(self, plan: Plan, folds: int) -> bool:
         """Tells whether they are of this plan and of so many parts."""
@@ -197,7 +200,7 @@ class OnData:
         selection = Selection(self.axes, plan)
         means = (_mean([*found[:part], *found[part + 1 :]]) for part in range(len(found)))
         small = ({n: removed(selection, n, t) for n, t in mean.items()} for mean in means)
-        return _Without(plan, frozenset(found[0]), tuple(small))
+        return _Without(plan, tuple(small))
 
     def distilled(
         self, plan: Plan, *, rate: float, epochs: float, windows: int, folds: int = 1
