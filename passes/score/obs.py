@@ -122,7 +122,9 @@ def _eliminate(weight: Any, inverse: Any, groups: Any, batch: int) -> Any:
         else:
             blocks = inverse[columns[:, :, None], columns[:, None, :]]
             own = weight[:, columns].permute(1, 2, 0)
-            errors = (own * torch.linalg.solve(blocks, own)).sum((1, 2))
+            # LU factors of several matrices at once hang in builds of MKL that have threads.
+            roots = torch.linalg.cholesky(blocks)
+            errors = torch.linalg.solve_triangular(roots, own, upper=False).square().sum((1, 2))
         order = errors.argsort()[: min(batch, len(alive))]
         total += float(errors[order].sum())
         # A little more for each: within a batch the order is that of the errors.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -259,6 +261,35 @@ def test_elimination_is_that_which_copies_after_every_step(batch: int, width: in
     groups = torch.randperm(24, generator=draw)[: 20 // width * width].reshape(-1, width)
     found = _eliminate(weight, inverse, groups, batch).numpy()
     np.testing.assert_allclose(found, reindexed(weight, inverse, groups, batch), rtol=1e-7)
+
+
+HEADS = """
+import torch
+from passes.score.obs import _eliminate
+
+draw = torch.Generator().manual_seed(1)
+x = torch.randn(1200, 576, generator=draw, dtype=torch.float64)
+inverse, weight = torch.linalg.inv(x.T @ x / 1200), torch.randn(8, 576, generator=draw).double()
+groups = torch.arange(576).reshape(3, 192)
+torch.set_num_threads(THREADS)
+print(*_eliminate(weight, inverse, groups, 1).tolist())
+"""
+
+
+def test_wide_groups_are_eliminated_whatever_the_number_of_threads() -> None:
+    """With MKL's LU factors of several matrices at once, two threads never came to an end."""
+    one, two = (
+        subprocess.run(
+            [sys.executable, "-c", HEADS.replace("THREADS", str(threads))],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=100,
+        ).stdout.split()
+        for threads in (1, 2)
+    )
+    np.testing.assert_allclose([float(x) for x in two], [float(x) for x in one], rtol=1e-9)
+    assert len(one) == 3
 
 
 def test_inputs_that_are_always_zero_cost_nothing() -> None:
