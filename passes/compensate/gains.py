@@ -13,6 +13,8 @@ WikiText-2's test set that are not in the project's protocol: least squares on a
 gains on the same, 40.8; gains on half of them in least squares on the other half, put into least
 squares on all, 39.9. With another plan: halves solved for by themselves, their mean 39.58, with
 gains learnt on each in the other's solution 37.73 (put into least squares on all, 39.86: 38.06).
+The more parts, the nearer is what the gains learn in to what they are put into: 10 %, 24 windows,
+quarters 29.51 and with gains 29.10, eighths 29.50 and 28.92.
 What can't be done is to go on, while layers are solved for, with what was solved for without a
 window: 60.2, as each layer makes up for the errors of those before it and of no others.
 

@@ -75,13 +75,13 @@ class Part:
     Attributes:
         ids: this process's token ids [samples, length], as `World.share` gives them; maybe none.
         streams: what the dense model's last piece (the head) is given: [length, width] by window.
-        replaced: tensors, in the smaller model's size, that stand in it while it learns on these
-            windows; the same parameters in every part.
+        shift: what is added to some of its weights while it learns on these windows, in its own
+            size; the same parameters in every part.
     """
 
     ids: torch.Tensor
     streams: Sequence[torch.Tensor]
-    replaced: Mapping[str, torch.Tensor]
+    shift: Mapping[str, torch.Tensor]
 
 
 def distilled(
@@ -102,8 +102,8 @@ def distilled(
         axes: of the dense model.
         plan: what is removed.
         dense: the dense model's weights.
-        now: the weights, in full size, that the gains are put into, and that learn where a part
-            replaces nothing.
+        now: the weights, in full size, that the gains are put into, and that learn with what a
+            part adds to them.
         parts: the windows.
         schedule: steps, their size and number.
         machine: the processes and the device.
@@ -117,8 +117,7 @@ def distilled(
     gains, change = _gains(program, selection, world.device)
 
     def small(name: str) -> torch.Tensor:
-        found = parts[0].replaced.get(name)
-        return removed(selection, name, now(name)) if found is None else found
+        return removed(selection, name, now(name))
 
     module = lower(program, small, change=change).to(world.device)
     every = [g for pair in gains.values() for g in pair]
@@ -138,8 +137,8 @@ def distilled(
             if row % world.size != world.rank:
                 continue
             part, own = parts[which], row // world.size
-            for name, tensor in part.replaced.items():
-                module.get_parameter(name).data = tensor.to(world.device)
+            for name, shift in part.shift.items():
+                module.get_parameter(name).data = (small(name) + shift).to(world.device)
             batch = part.ids[own : own + 1].to(world.device)
             with torch.no_grad():
                 (wanted,) = head(batch, part.streams[own][None])
