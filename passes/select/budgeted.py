@@ -81,7 +81,8 @@ class Budgeted(SelectPass):
     cutting each role alone; or compare axes, scaled to the divergence of each cut alone."""
 
     reference: float = 0.1
-    """Share of a role's or an axis's indices that is cut to measure it."""
+    """Share of a role's or an axis's indices that is cut to measure it; at most twice the share
+    that the budget asks for, as little is then cut of most of them."""
 
     caution: float = 0.6
     """Standard deviations over tokens that are added to a mean divergence."""
@@ -316,7 +317,9 @@ class _Search:
 
     def _reference(self, axis: Axis, curve: Curve) -> int:
         """Returns the count at which an axis is measured."""
-        gone = max(1, round(self.options.reference * axis.size))
+        assert self.budget.ratio is not None
+        share = min(self.options.reference, 2 * self.budget.ratio)
+        gone = max(1, round(share * axis.size))
         return nearest(axis, axis.size - gone, curve.kept, self.budget.multiple(axis))
 
     def _diverged(self, curves: dict[str, Curve]) -> dict[str, Curve]:

@@ -370,7 +370,7 @@ def test_axes_are_weighed_by_how_far_each_moves_the_predictions_cut_alone() -> N
     def chosen(caution: float) -> dict[str, int]:
         options = Budgeted(("ffn",), unit="divergence", reference=0.25, caution=caution)
         given = Context(axes_of(), lambda n: torch.ones(widths(n)), calibration=told)
-        return kept(options.select(given, get(scores), budget(0.1, (FFN, OTHER))))
+        return kept(options.select(given, get(scores), budget(0.2, (FFN, OTHER))))
 
     mean, careful = chosen(0.0), chosen(1.0)
     assert mean.get(OTHER, size) < mean.get(FFN, size)
@@ -379,6 +379,16 @@ def test_axes_are_weighed_by_how_far_each_moves_the_predictions_cut_alone() -> N
     assert count == size - round(size / 4)
     assert reader is not None and int((reader.abs().sum(0) > 0).sum()) == count
     assert norm is None
+
+
+@pytest.mark.parametrize(("asked", "measured"), [(0.05, 0.1), (0.2, 0.25)])
+def test_where_little_goes_little_is_cut_to_measure_it(asked: float, measured: float) -> None:
+    told = Diverged({FFN: (0.02, 0.0), OTHER: (0.02, 0.0)})
+    given = Context(axes_of(), lambda n: torch.ones(widths(n)), calibration=told)
+    options = Budgeted(("ffn",), unit="divergence", reference=0.25)
+    options.select(given, get(drawn()), budget(asked, (FFN, OTHER)))
+    size = axes_of().get(FFN).size
+    assert {count for count, _, _ in told.given.values()} == {size - round(measured * size)}
 
 
 def test_axes_of_roles_that_are_not_measured_are_scaled_by_the_median() -> None:
