@@ -6,7 +6,9 @@ from typing import Any
 
 RIDGE = 0.2
 """Pull towards the old weights, as a share of the inputs' mean square. Some ten thousand tokens
-don't determine a matrix: on windows not solved for, errors are least at 0.1 to 0.3."""
+don't determine a matrix: on windows not solved for, errors are least at 0.1 to 0.3. On eighths of
+them by themselves 0.4 is neither better nor worse: perplexity 28.96 against 28.92 where a tenth of
+SmolLM2-135M goes, 33.44 against 33.47 where a fifth does (by the recipe `default`)."""
 
 
 def refitted(

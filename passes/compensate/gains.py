@@ -39,7 +39,8 @@ class Gains(CompensatePass):
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "activations: distillation"})
 
     rate: float = 3e-3
-    """Adam's largest step size; gains begin at 1."""
+    """Adam's largest step size; gains begin at 1. Perplexities as above, of eighths, with 0.0015,
+    0.003 and 0.008: 33.66, 33.47, 34.07 at 20 % and 28.96, 28.92, 29.33 at 10 %."""
 
     epochs: float = 1.0
     """Times that every calibration window is seen."""
