@@ -50,7 +50,8 @@ class Gains(CompensatePass):
 
     folds: int = 1
     """Parts of the calibration windows. On each, gains are learnt in what `least_squares` with as
-    many `folds` solved for on the others; with 1, in the model as it is."""
+    many `folds` solved for on the others; with 1, in the model as it is. Where there are fewer
+    windows, each is a part."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""

@@ -45,7 +45,8 @@ class LeastSquares(CompensatePass):
     after it be the dense model's, or that what it adds be."""
 
     folds: int = 1
-    """Parts of the calibration windows that all is solved for on by itself; the mean stays."""
+    """Parts of the calibration windows that all is solved for on by itself; the mean stays. Where
+    there are fewer windows, each is a part."""
 
     def __post_init__(self) -> None:
         """Refuses options that mean nothing."""

@@ -18,7 +18,6 @@ from surgeon.calibrate.loss import mean_loss
 from surgeon.calibrate.parallel import join
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine
 from surgeon.calibrate.sequential import Solve, sequential
-from surgeon.errors import Code, SurgeonError
 from surgeon.runtime.apply import kept_only, masked, removed, rewritten
 
 GRADIENT_WINDOWS = 12
@@ -164,18 +163,17 @@ class OnData:
             params: to solve for.
             solve: from a name and a `Pair` to the tensor that replaces the parameter.
             cross: as `surgeon.calibrate.sequential` describes it.
-            folds: parts of the windows. All is solved for on each part by itself; the mean of the
-                solutions is returned. Where gains are announced, `distilled` can then learn on
-                each part in a model that has not seen it.
+            folds: parts of the windows; where there are fewer windows, each is a part. All is
+                solved for on each part by itself; the mean of the solutions is returned. Where
+                gains are announced, `distilled` can then learn on each part in a model that has
+                not seen it.
 
         Reference: Breiman, Bagging Predictors, 1996; Wortsman et al., Model soups, 2022.
-
-        Raises:
-            SurgeonError: `bad-option` where there are fewer windows than parts.
         """
         mask, change = self._masking(plan)
         now = rewritten(self.get, self.pruned)
         parts = self._parts(folds)
+        count = len(parts)
         distils = "activations: distillation" in self._expected
         # Who distils afterwards wants the dense stream at the head, which this walk comes by.
         streams: list[torch.Tensor] | None = [] if distils else None
@@ -194,8 +192,8 @@ class OnData:
         )
         mean = _mean(found)
         if streams is not None:
-            self._streams[folds] = streams
-            self._without = self._others(plan, found, mean) if folds > 1 else None
+            self._streams[count] = streams
+            self._without = self._others(plan, found, mean) if count > 1 else None
         return mean
 
     def _others(
@@ -224,23 +222,21 @@ class OnData:
             rate: Adam's largest step size.
             epochs: times that every window is seen.
             windows: in a step.
-            folds: parts of the windows. If `sequential` solved on each of as many, what it found on
-                the others stands in the model that learns on a part; the gains, which are the same
-                for all, are then put into the mean over all of them.
+            folds: parts of the windows, as `sequential` counts them. If that solved on each of as
+                many, what it found on the others stands in the model that learns on a part; the
+                gains, which are the same for all, are then put into the mean over all of them.
 
         Returns:
             The tensors in full size, and the divergence from the dense model at every step, nats.
-
-        Raises:
-            SurgeonError: `bad-option` where there are fewer windows than parts.
         """
         program, parts = self.axes.program, self._parts(folds)
-        if folds not in self._streams:
+        count = len(parts)
+        if count not in self._streams:
             whole = torch.cat(parts)
-            self._streams[folds] = streams_of(program, self.read, whole, self.machine)
-        streams = iter(self._streams[folds])
-        known: Sequence[Mapping[str, torch.Tensor]] = [{}] * folds
-        if self._without is not None and self._without.fits(plan, folds):
+            self._streams[count] = streams_of(program, self.read, whole, self.machine)
+        streams = iter(self._streams[count])
+        known: Sequence[Mapping[str, torch.Tensor]] = [{}] * count
+        if self._without is not None and self._without.fits(plan, count):
             known = self._without.by_part
         now = rewritten(self.get, self.pruned)
         return distilled(
@@ -257,17 +253,13 @@ class OnData:
         )
 
     def _parts(self, folds: int) -> list[torch.Tensor]:
-        """Returns this process's share of each of so many parts of the windows."""
+        """Returns this process's share of each of so many parts; a window is one at the least."""
         every, world = torch.from_numpy(self.windows.ids), self.machine.world
-        if not 0 < folds <= len(every):
-            raise SurgeonError(
-                Code.BAD_OPTION,
-                "the calibration windows can't be parted",
-                at=f"folds: {folds}",
-                why=f"there are {len(every)} windows",
-                try_="more windows (--samples), or folds: 1 to learn gains on what was solved for",
-            )
-        return [world.share(part) for part in every.tensor_split(folds)]
+        count = min(folds, len(every))
+        note = f"{count} calibration windows can't be {folds} parts: each is a part by itself"
+        if count < folds and note not in self.notes:
+            self.notes.append(note)
+        return [world.share(part) for part in every.tensor_split(count)]
 
     def _masking(
         self, plan: Plan

@@ -21,7 +21,6 @@ from surgeon.calibrate.loss import ROWS
 from surgeon.calibrate.running import Machine
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.sequential import closing
-from surgeon.errors import SurgeonError
 from surgeon.opening import Model, open_model
 from surgeon.plugin import Context
 from surgeon.recipes import load_recipe
@@ -250,15 +249,22 @@ def test_the_default_recipe_learns_gains_on_what_least_squares_did_not_see() -> 
     assert by_name["gains"]["folds"] == by_name["least_squares"]["folds"] > 1
 
 
-@pytest.mark.parametrize("folds", [0, 3])
-def test_windows_that_cannot_be_parted_are_refused(
-    llama: Model, halved: Plan, ids: torch.Tensor, folds: int
+def test_fewer_windows_than_parts_are_a_part_each(
+    llama: Model, halved: Plan, ids: torch.Tensor
 ) -> None:
-    data = Gathered(llama.axes, llama.read, Windows(ids[:2].numpy()))
-    with pytest.raises(SurgeonError, match="can't be parted"):
-        data.distilled(halved, rate=0.02, epochs=1, windows=1, folds=folds)
-    with pytest.raises(SurgeonError, match="there are 2 windows"):
-        data.sequential(halved, [], lambda name, pair: pair, folds=folds)
+    def found(folds: int) -> tuple[dict[str, torch.Tensor], tuple[float, ...], list[str]]:
+        data = gathered(llama, ids[:3])
+        whole = data.sequential(halved, DOWN, solving(llama), folds=folds)
+        seen = data.with_rewrites(whole, dense=False)
+        gains, steps = seen.distilled(halved, rate=0.02, epochs=1, windows=1, folds=folds)
+        return dict(gains), steps, data.notes
+
+    three, eight = found(3), found(8)
+    assert eight[1] == three[1]
+    for name, tensor in three[0].items():
+        assert torch.equal(tensor, eight[0][name])
+    assert three[2] == []
+    assert eight[2] == ["3 calibration windows can't be 8 parts: each is a part by itself"]
 
 
 @pytest.mark.parametrize("made", [Gains, LeastSquares])
