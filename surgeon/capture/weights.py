@@ -446,7 +446,9 @@ def _entries(folder: Path) -> dict[str, Entry]:
             why=f"it names {outside[0]}",
             try_="don't use this checkpoint: a well-made index names plain files",
         )
-    missing = sorted({f.name for f in files.values() if not f.is_file()})
+    # Not asked of each name: the system refuses to look for one that is too long.
+    there = {f.name for f in folder.iterdir() if f.is_file()}
+    missing = sorted({f.name for f in files.values()} - there)
     if missing:
         raise SurgeonError(
             Code.MISSING_FILE,

@@ -117,6 +117,13 @@ def test_a_missing_shard_is_named(tmp_path: Path, tiny: Any) -> None:
     assert caught.info.value.data["files"] == [shard.name]
 
 
+def test_a_shard_whose_name_no_file_can_have_is_missing(tmp_path: Path) -> None:
+    index = {"weight_map": {"w": "a" * 300}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused(Code.MISSING_FILE, "1 of 1 shards"):
+        SafetensorsWeights(tmp_path)
+
+
 def test_a_missing_index_is_named(tmp_path: Path, tiny: Any) -> None:
     checkpoint(tmp_path, tiny("Llama"), "30KB")
     (tmp_path / "model.safetensors.index.json").unlink()
