@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from surgeon.axes.axes import Axes
 from surgeon.axes.contractions import Contraction, contractions
 from surgeon.axes.plan import Plan, Selection
 from surgeon.axes.surgery import operate
 from surgeon.calibrate.loss import ROWS
-from surgeon.calibrate.running import Get, Machine, Running
+from surgeon.calibrate.running import Change, Get, Machine, Running
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.states import States, by_window, scratch
 from surgeon.calibrate.statistics import forward
@@ -35,10 +36,10 @@ from surgeon.ir import ParamRef, Program
 from surgeon.ir.program import op_refs
 from surgeon.memory import give_back
 from surgeon.runtime.apply import removed
-from surgeon.runtime.lower import lower
+from surgeon.runtime.precision import rounded_products
 
-Gains = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""By parameter: the gains of its inputs and of its outputs."""
+Gains = Mapping[str, Mapping[int, torch.Tensor]]
+"""By parameter and dimension: factors of what lies along it."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,39 @@ def trained(program: Program) -> tuple[Contraction, ...]:
 
     A tied table is read by the embedding too, where a gain of the head has no business.
     """
-    refs = (ref for op in program.ops for ref in op_refs(op))
-    uses = Counter(ref.name for ref in refs if isinstance(ref, ParamRef))
+    uses = _uses(program)
     return tuple(
         c for c in contractions(program) if uses[c.param] == 1 and c.out not in program.outputs
     )
+
+
+def _uses(program: Program) -> Counter[str]:
+    """Returns how often each parameter is read."""
+    refs = (ref for op in program.ops for ref in op_refs(op))
+    return Counter(ref.name for ref in refs if isinstance(ref, ParamRef))
+
+
+def scales(program: Program) -> dict[str, str]:
+    """Returns vectors that scale what maps without gains read, such as the head's last norm's.
+
+    Before other maps gains are the maps' own. A head often has none, and no gain before the norm
+    can make predictions surer or less sure.
+
+    Returns:
+        The vector's name by the value that is made by multiplying with it and nothing else.
+    """
+    uses, own = _uses(program), {c.param for c in trained(program)}
+    found: dict[str, str] = {}
+    for value in (c.value for c in contractions(program) if c.param not in own):
+        index = program.producer.get(value)
+        if index is None or program.ops[index].target != "aten.mul.Tensor":
+            continue
+        args = program.ops[index].args
+        names = [a.name for a in args if isinstance(a, ParamRef) and uses[a.name] == 1]
+        sizes = [program.param[name].type.shape for name in names]
+        if sizes == [program.types[value].shape[-1:]]:
+            found[value] = names[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -95,7 +124,7 @@ def distilled(
 ) -> tuple[dict[str, torch.Tensor], tuple[float, ...]]:
     """Returns parameters in full size, with gains in their rows and columns; and how it went.
 
-    The smaller model runs as one program, a window at a time, with gradients at the gains alone.
+    The smaller model runs a window at a time, with gradients at the gains alone.
     Parts take turns: the gains are those of one model, whatever stands in it on a part's windows.
 
     Args:
@@ -115,43 +144,99 @@ def distilled(
     world = machine.world
     head = Running(segments(axes.program)[-1], dense, world.device)
     gains, change = _gains(program, selection, world.device)
-
-    def small(name: str) -> torch.Tensor:
-        return removed(selection, name, now(name))
-
-    module = lower(program, small, change=change).to(world.device)
-    every = [g for pair in gains.values() for g in pair]
+    pieces = _pieces(program, selection, now, parts, change, world.device)
+    stands: Mapping[str, torch.Tensor] = {}
+    every = [g for found in gains.values() for g in found.values()]
     adam = torch.optim.Adam(every, lr=schedule.rate, betas=(0.9, 0.98))
     order = _turns([world.count(len(part.ids)) for part in parts])
     each = max(1, schedule.windows)
     steps = max(1, round(schedule.epochs * len(order) / each))
     divergences: list[float] = []
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = schedule.rate * _share(step, steps)
-        total = torch.zeros(1)
-        for g in every:
-            g.grad = torch.zeros_like(g)  # there is one to add up where a step has no window here
-        # A step has the same windows, however many processes share them.
-        for number in range(step * each, (step + 1) * each):
-            which, row = order[number % len(order)]
-            if row % world.size != world.rank:
-                continue
-            part, own = parts[which], row // world.size
-            for name, shift in part.shift.items():
-                module.get_parameter(name).data = (small(name) + shift).to(world.device)
-            batch = part.ids[own : own + 1].to(world.device)
-            with torch.no_grad():
-                (wanted,) = head(batch, part.streams[own][None])
-            positions = torch.arange(batch.shape[1], device=batch.device).expand(len(batch), -1)
-            found = module(batch, torch.ones_like(batch), positions)
-            divergence, slope = _divergence(found.detach(), wanted)
-            found.backward(slope / each)
-            total += divergence / each
-        world.add(total, *(g.grad for g in every if g.grad is not None))
-        adam.step()
-        divergences.append(float(total))
-        give_back()  # a step's graph: the next one would lie around what is left of it
+    with rounded_products():
+        for step in range(steps):
+            adam.param_groups[0]["lr"] = schedule.rate * _share(step, steps)
+            total = torch.zeros(1)
+            for g in every:
+                # There is one to add up where a step has no window here.
+                g.grad = torch.zeros_like(g)
+            # A step has the same windows, however many processes share them.
+            for number in range(step * each, (step + 1) * each):
+                which, row = order[number % len(order)]
+                if row % world.size != world.rank:
+                    continue
+                part, own = parts[which], row // world.size
+                _stand(pieces, stands, part.shift)
+                stands = part.shift
+                batch = part.ids[own : own + 1].to(world.device)
+                with torch.no_grad():
+                    (wanted,) = head(batch, part.streams[own][None])
+                found = _predictions(pieces, batch)
+                divergence, slope = _divergence(found.detach(), wanted)
+                found.backward(slope / each)
+                total += divergence / each
+            world.add(total, *(g.grad for g in every if g.grad is not None))
+            adam.step()
+            divergences.append(float(total))
+            give_back()  # a step's graph: the next one would lie around what is left of it
     return _folded(program, selection, now, gains), tuple(divergences)
+
+
+def _pieces(
+    program: Program,
+    selection: Selection,
+    now: Get,
+    parts: Sequence[Part],
+    change: Change,
+    device: str,
+) -> list[Running]:
+    """Returns the smaller model, which is the program's, in pieces with gains."""
+    pieces = segments(program)
+    shifted = {name for part in parts for name in part.shift}
+    several = {n for n, k in Counter(n for p in pieces for n in p.params).items() if k > 1}
+    held: dict[str, torch.Tensor] = {}
+
+    def small(name: str) -> torch.Tensor:
+        if name in held:
+            return held[name]
+        found = removed(selection, name, now(name))
+        if name in shifted:
+            # What is not cut may be the caller's own tensor, and what is shifted is written to.
+            found = found.clone()
+        if name in several:
+            held[name] = found
+        return found
+
+    return [Running(piece, small, device, change=change) for piece in pieces]
+
+
+def _stand(
+    pieces: Sequence[Running],
+    before: Mapping[str, torch.Tensor],
+    shift: Mapping[str, torch.Tensor],
+) -> None:
+    """Puts one part's weights where another's stood, in place: they take the memory they took.
+
+    What rounding leaves behind at every change is some 1e-7 of a weight.
+    """
+    weights = {n: w.data for piece in pieces for n, w in piece.module.named_parameters()}
+    for name, old in before.items():
+        weights[name] -= old.to(weights[name].device)
+    for name, new in shift.items():
+        weights[name] += new.to(weights[name].device)
+
+
+def _predictions(pieces: Sequence[Running], batch: torch.Tensor) -> torch.Tensor:
+    """Returns logits [windows, length, vocab] with a graph of the states between pieces alone.
+
+    Within a piece everything is computed again on the way back (Chen et al., Training Deep Nets
+    with Sublinear Memory Cost, 2016), which in memory that is warm takes little more time than to
+    keep it.
+    """
+    state: torch.Tensor | None = None
+    for piece in pieces[:-1]:
+        found: Any = checkpoint(piece, batch, state, use_reentrant=False, preserve_rng_state=False)
+        state = found[0]
+    return pieces[-1](batch, state)[0]
 
 
 def _turns(counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -203,22 +288,34 @@ def _divergence(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, torch
     return total / len(rows), target.view_as(found)
 
 
-def _gains(
-    program: Program, selection: Selection, device: str
-) -> tuple[Gains, dict[int, Callable[..., Any]]]:
-    """Returns gains of one, and the products that they take part in, by operation."""
-    gains: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    change: dict[int, Callable[..., Any]] = {}
+def _gains(program: Program, selection: Selection, device: str) -> tuple[Gains, Change]:
+    """Returns gains of one, and the operations that they take part in."""
+    gains: dict[str, dict[int, torch.Tensor]] = {}
+    calls: dict[str, Callable[..., Any]] = {}
+
+    def ones(param: str, dim: int) -> torch.Tensor:
+        count = int(program.param[param].type.shape[dim])
+        gain = torch.ones(count, device=device, requires_grad=True)
+        gains.setdefault(param, {})[dim] = gain
+        return gain
+
     for c in trained(program):
         if not selection.separable(c.param):
             continue  # its rows lose other columns than their neighbours: there is no one factor
-        shape = [int(s) for s in program.param[c.param].type.shape]
-        reads, makes = shape[c.dim], shape[1 - c.dim]
-        pair = tuple(torch.ones(n, device=device, requires_grad=True) for n in (reads, makes))
-        gains[c.param] = (pair[0], pair[1])
-        index = program.producer[c.out]
-        change[index] = _with_gains(program.ops[index].target, pair[0], pair[1])
+        target = program.ops[program.producer[c.out]].target
+        calls[c.out] = _with_gains(target, ones(c.param, c.dim), ones(c.param, 1 - c.dim))
+    for value, name in scales(program).items():
+        calls[value] = _scaled(ones(name, 0))
+
+    def change(where: Mapping[str, int]) -> dict[int, Callable[..., Any]]:
+        return {where[value]: call for value, call in calls.items() if value in where}
+
     return gains, change
+
+
+def _scaled(gain: torch.Tensor) -> Callable[..., Any]:
+    """Returns a product of a vector and something else, with a gain."""
+    return lambda x, y: x * y * gain
 
 
 def _with_gains(target: str, reads: torch.Tensor, makes: torch.Tensor) -> Callable[..., Any]:
@@ -239,17 +336,16 @@ def _folded(
     program: Program, selection: Selection, now: Get, gains: Gains
 ) -> dict[str, torch.Tensor]:
     """Returns the parameters with their gains as factors, in full size."""
-    dims = {c.param: c.dim for c in contractions(program)}
     out: dict[str, torch.Tensor] = {}
-    for name, pair in gains.items():
+    for name, found in gains.items():
         whole = now(name)
         full = whole.clone()
         kept = selection.kept(name)
-        for dim, gain in zip((dims[name], 1 - dims[name]), pair, strict=True):
+        for dim, gain in found.items():
             factor = torch.ones(whole.shape[dim])
             indices = kept[dim]
             at = slice(None) if indices is None else torch.from_numpy(indices)
             factor[at] = gain.detach().float().cpu()
-            full *= factor[:, None] if dim == 0 else factor[None]
+            full *= factor.reshape([-1 if d == dim else 1 for d in range(full.dim())])
         out[name] = full
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +24,8 @@ class Pair:
     Attributes:
         dim: the parameter's dimension that is summed over.
         count: tokens.
-        pruned: [d, d], the mean of p·pᵀ for inputs p in the pruned model (zero where removed).
+        pruned: [d, d], the mean of p·pᵀ for inputs p in the pruned model, zero where the map's
+            weights on them are removed.
         cross: [d, d], the mean of x·pᵀ for inputs x in the dense model; None where `wanted` takes
             its place.
         wanted: [out, d], the mean of t·pᵀ, where t is what the map would have to make for the
@@ -42,24 +43,33 @@ class Pair:
 Solve = Callable[[str, Pair], torch.Tensor]
 """From a parameter's name and its inputs to the full-size tensor that replaces it."""
 
+Mask = Callable[[str, torch.Tensor], torch.Tensor]
+"""From a parameter's name and tensor to the tensor with zeros where it is removed."""
+
 
 class _Products:
     """The sums of one value's products in both models, and with the gap between their streams.
 
     Args:
         width: of the value.
+        kept: its channels that are read in the pruned model, alone of which there are products.
         gap: the stream's width, where the gap is what the value's map makes up for.
         cross: whether the products with the dense model's value are asked for.
         device: where they are added up.
     """
 
-    def __init__(self, width: int, gap: int | None, device: str, *, cross: bool) -> None:
-        self.pruned = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.cross = torch.zeros_like(self.pruned) if cross else None
-        self.wanted = None if gap is None else self.pruned.new_zeros(gap, width)
+    def __init__(
+        self, width: int, kept: torch.Tensor, gap: int | None, device: str, *, cross: bool
+    ) -> None:
+        count = len(kept)
+        self._width, self._kept = width, kept.to(device)
+        self.pruned = torch.zeros(count, count, dtype=torch.float64, device=device)
+        self.cross = self.pruned.new_zeros(width, count) if cross else None
+        self.wanted = None if gap is None else self.pruned.new_zeros(gap, count)
 
     def add(self, x: torch.Tensor, p: torch.Tensor, gap: torch.Tensor | None) -> None:
         x, p = _rows(x), _rows(p)
+        p = p if len(self._kept) == self._width else p[:, self._kept]
         self.pruned += p.T @ p
         if self.cross is not None:
             self.cross += x.T @ p
@@ -68,7 +78,7 @@ class _Products:
 
     def to_cpu(self) -> None:
         """Takes the sums off the device."""
-        self.pruned = self.pruned.cpu()
+        self._kept, self.pruned = self._kept.cpu(), self.pruned.cpu()
         self.cross = None if self.cross is None else self.cross.cpu()
         self.wanted = None if self.wanted is None else self.wanted.cpu()
 
@@ -79,9 +89,17 @@ class _Products:
 
     def pair(self, dim: int, count: int, *, added: bool) -> Pair:
         """Returns the means over `count` tokens; `added` where the map makes up for the gap."""
-        wanted = self.wanted / count if added and self.wanted is not None else None
-        cross = None if self.cross is None else self.cross / count
-        return Pair(dim, count, self.pruned / count, cross, wanted)
+        wanted = self._whole(self.wanted, count) if added and self.wanted is not None else None
+        cross = None if self.cross is None else self._whole(self.cross, count)
+        square = self.pruned.new_zeros(self._width, len(self._kept))
+        square[self._kept] = self.pruned
+        return Pair(dim, count, self._whole(square, count), cross, wanted)
+
+    def _whole(self, sums: torch.Tensor, count: int) -> torch.Tensor:
+        """Returns means [n, width] of sums [n, kept]."""
+        means = sums.new_zeros(len(sums), self._width)
+        means[:, self._kept] = sums / count
+        return means
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -131,12 +149,22 @@ class _Maps:
         """Whether the last map's input is all that is left of the piece to go on from."""
         return self.values == (self.alone,)
 
-    def products(self, device: str, *, cross: bool) -> dict[str, _Products]:
+    def read(self, value: str, mask: Mask) -> torch.Tensor:
+        """Returns the channels of a value that weights are left on."""
+        left = torch.zeros(_width(self.piece.program, value), dtype=torch.bool)
+        for name, c in self.by_param.items():
+            if c.value == value:
+                shape = [int(size) for size in self.piece.program.param[name].type.shape]
+                left |= (mask(name, torch.ones(shape)) != 0).any(1 - c.dim)
+        return left.nonzero().flatten()
+
+    def products(self, mask: Mask, device: str, *, cross: bool) -> dict[str, _Products]:
         """Returns empty sums by value."""
         width, end = partial(_width, self.piece.program), self.end
         return {
             name: _Products(
                 width(name),
+                self.read(name, mask),
                 width(end.out) if end and end.value == name else None,
                 device,
                 cross=cross or name != self.alone,
@@ -162,7 +190,7 @@ class _Smaller:
         own: Sequence[int],
         states: States,
         weights: Get,
-        mask: Callable[[str, torch.Tensor], torch.Tensor],
+        mask: Mask,
         world: World,
         change: Change | None,
     ) -> None:
@@ -179,7 +207,7 @@ class _Smaller:
     def enter(self, maps: _Maps, folder: Path | None, *, cross: bool) -> None:
         """Comes to the next piece."""
         self._maps, device, change = maps, self._world.device, self._change
-        self._sums = maps.products(device, cross=cross)
+        self._sums = maps.products(self._mask, device, cross=cross)
         self._held = States(len(self.states) if maps.carried else 0, folder)
         end = maps.end
         bias = self.weight(end.bias) if end and end.bias else torch.zeros(1)
@@ -247,7 +275,7 @@ def sequential(
     program: Program,
     get: Get,
     now: Get,
-    mask: Callable[[str, torch.Tensor], torch.Tensor],
+    mask: Mask,
     parts: Sequence[torch.Tensor],
     params: Sequence[str],
     solve: Solve,
@@ -256,8 +284,8 @@ def sequential(
     change: Change | None = None,
     cross: bool = True,
     streams: list[torch.Tensor] | None = None,
-) -> tuple[dict[str, torch.Tensor], ...]:
-    """Returns replacements of parameters, each found on what those before it produce.
+) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """Yields replacements of parameters, each found on what those before it produce.
 
     Every piece of the program runs in both models. Its parameters are solved for together; then
     the pruned model goes on with their replacements, so that later pieces see, and can make up
@@ -278,8 +306,9 @@ def sequential(
             gap between the streams, and their products with that gap are known.
         streams: gets what the dense model's last piece (the head) is given, by window.
 
-    Returns:
-        By part, what was solved for on its windows.
+    Yields:
+        A parameter, and by part what was solved for on its windows. What no later piece reads is
+        held by nobody else.
 
     Raises:
         SurgeonError: `bad-text-input` where a value is not finite.
@@ -307,7 +336,9 @@ def sequential(
             for part in range(len(parts))
         ]
         tokens = [world.count(sum(batches[i].numel() for i in s.own)) for s in smaller]
-        for piece in segments(program):
+        pieces = segments(program)
+        last = {name: number for number, piece in enumerate(pieces) for name in piece.params}
+        for number, piece in enumerate(pieces):
             passes_on = piece.passed is not None
             if piece.given is not None and not passes_on and streams is not None:
                 streams.extend(by_window(dense))
@@ -336,7 +367,11 @@ def sequential(
             if passes_on and not wanted <= done:
                 for s in smaller:
                     s.go_on(batches)
-    return tuple(s.found for s in smaller)
+            for name in own:
+                yield name, tuple(s.found[name] for s in smaller)
+                if last[name] == number:
+                    for s in smaller:
+                        del s.found[name]
 
 
 def _go_on(

@@ -177,7 +177,10 @@ class OnData:
         distils = "activations: distillation" in self._expected
         # Who distils afterwards wants the dense stream at the head, which this walk comes by.
         streams: list[torch.Tensor] | None = [] if distils else None
-        found = sequential(
+        mean: dict[str, torch.Tensor] = {}
+        apart: list[dict[str, torch.Tensor]] = [{} for _ in parts]
+        selection = Selection(self.axes, plan)
+        for name, found in sequential(
             self.axes.program,
             self.read,
             lambda name: _fp32(now(name)),
@@ -189,28 +192,17 @@ class OnData:
             change=change,
             cross=cross,
             streams=streams,
-        )
-        mean = _mean(found)
+        ):
+            mean[name] = found[0] if count == 1 else torch.stack(found).mean(0)
+            if streams is None or count == 1:
+                continue
+            for own, part in zip(found, apart, strict=True):
+                others = (mean[name] - own) / (count - 1)  # their mean, less that of all
+                part[name] = removed(selection, name, others).bfloat16()
         if streams is not None:
             self._streams[count] = streams
-            self._without = self._others(plan, found, mean) if count > 1 else None
+            self._without = _Without(plan, tuple(apart)) if count > 1 else None
         return mean
-
-    def _others(
-        self,
-        plan: Plan,
-        found: Sequence[Mapping[str, torch.Tensor]],
-        mean: Mapping[str, torch.Tensor],
-    ) -> _Without:
-        """Returns for each part of the windows where the mean of the others is."""
-        selection, rest = Selection(self.axes, plan), len(found) - 1
-        return _Without(
-            plan,
-            tuple(
-                {n: removed(selection, n, (t - own[n]) / rest).bfloat16() for n, t in mean.items()}
-                for own in found
-            ),
-        )
 
     def distilled(
         self, plan: Plan, *, rate: float, epochs: float, windows: int, folds: int = 1
@@ -273,13 +265,6 @@ class OnData:
             return torch.zeros_like(tensor) if name in silent else masked(selection, name, tensor)
 
         return mask, lambda where: kept_only(self.axes, selection, where)
-
-
-def _mean(found: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Returns the mean of several solutions for the same parameters."""
-    if len(found) == 1:
-        return dict(found[0])
-    return {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0]}
 
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -105,9 +105,18 @@ def attend(
     """Returns attention `[B, Hq, S, Dv]` over scores to which `bias` is added."""
     times = q.shape[1] // k.shape[1]
     if softcap is None and sinks is None:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, bias, scale=scale, enable_gqa=times > 1
+        lacks = q.shape[-1] - v.shape[-1]
+        # Torch's kernels that don't hold all scores want one width; a program stays as it is.
+        padded = v.is_cpu and lacks > 0 and not torch.compiler.is_exporting()
+        found = torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            torch.nn.functional.pad(v, (0, lacks)) if padded else v,
+            bias,
+            scale=scale,
+            enable_gqa=times > 1,
         )
+        return found[..., : v.shape[-1]] if padded else found
     k, v = _repeated(k, times), _repeated(v, times)
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap is not None:

@@ -96,6 +96,20 @@ def test_it_gives_the_models_own_logits_where_only_torch_is(tied_llama: Any) -> 
     assert check_pt2(path, forward(model), given) < 1e-5
 
 
+def test_values_narrower_than_keys_stay_so(tiny: Any, tmp_path: Path) -> None:
+    """A kernel of this machine may want them as wide; a program that is written is for any."""
+    program, weights = captured(tiny("Llama"))
+    axes = analyse(program)
+    plan = Plan(tuple(cut(a, range(a.size // 2)) for a in axes.of_role("v")))
+    selection, small = Selection(axes, plan), operate(axes, plan)
+    kept = {p.name: removed(selection, p.name, weights[p.name]) for p in small.params}
+    write_pt2(small, kept, tmp_path / "model.pt2", check=False)
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    targets = {str(n.target) for n in loaded.graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in targets
+    assert not any("pad" in target for target in targets)
+
+
 def test_what_the_file_holds(tied_llama: Any) -> None:
     _model, program, path = tied_llama
     extra = {pt2.METADATA: ""}
