@@ -189,7 +189,7 @@ def test_pieces_with_gains_are_the_program_with_factors_in_its_weights(
 
 def test_the_callers_tensors_are_not_written_to(data: Gathered, llama: Model, halved: Plan) -> None:
     """Of a map that is solved for but not cut the smaller model has the very tensor."""
-    queries = "model.layers.0.self_attn.q_proj.weight"
+    queries = "model.layers.1.self_attn.q_proj.weight"
     data.expect(["activations: distillation"])
     whole = data.sequential(halved, [queries, *DOWN], solving(llama), folds=2)
     before = {name: tensor.clone() for name, tensor in whole.items()}
