@@ -68,7 +68,13 @@ class OptimalBrainSurgeon(ScorePass):
 
     def score(self, context: Context) -> dict[str, Any]:
         """Returns cumulative errors, float64, one axis at a time."""
-        return {n: added(context, n, readers(context, n), self._one) for n in context.targets}
+        maps = {name: readers(context, name) for name in context.targets}
+        # All at once: what is gathered for one of them would be gathered for others besides.
+        every = list(dict.fromkeys(c.param for found in maps.values() for c in found))
+        context.moments(every)
+        if self.weigh == "loss":
+            context.fisher(every)
+        return {name: added(context, name, found, self._one) for name, found in maps.items()}
 
     def _one(self, context: Context, consumer: Any) -> Any:
         """Returns scores [*outer, size] of one map."""

@@ -255,15 +255,25 @@ class Gathered(OnData):
         return {c.value for c in self._maps if c.param in like}
 
     def _inputs(self, params: Sequence[str]) -> set[str]:
-        """Returns those inputs, and those of other maps, narrow ones first, while there is room."""
-        return self._with_room(self._of_role(params), "value")
+        """Returns those inputs, and those of other maps, narrow ones first, while there is room.
+
+        Who asks for all of a role at once knows what he wants, and is given no more.
+        """
+        alike = self._of_role(params)
+        return alike if self._whole(params) else self._with_room(alike, "value")
+
+    def _whole(self, params: Sequence[str]) -> bool:
+        """Tells whether all maps of a role, or several, are asked for at once."""
+        alike = self._of_role(params)
+        return bool(alike) and alike <= {c.value for c in self._maps if c.param in params}
 
     def _outputs(self, params: Sequence[str], missing: set[str]) -> list[str]:
         """Returns the values whose gradients' second moments are gathered with those missing."""
         widest = max(self._width(v) for v in missing)
         extra = self._inputs(params)
         like = {c.out for c in self._maps if c.value in extra and self._width(c.out) <= widest}
-        found = self._with_room(missing | like, "out") - self._known.fisher.keys()
+        every = missing | like if self._whole(params) else self._with_room(missing | like, "out")
+        found = every - self._known.fisher.keys()
         return [c.out for c in self._maps if c.out in found]
 
     def _with_room(self, values: set[str], which: str) -> set[str]:

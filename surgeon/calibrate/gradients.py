@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from surgeon.calibrate.loss import HEAD_TOKENS, slope_of_summed
+from surgeon.calibrate.moments import gram
 from surgeon.calibrate.parallel import World
 from surgeon.calibrate.running import Get, Machine, Running, not_finite
 from surgeon.calibrate.segments import segments
@@ -89,7 +90,7 @@ class _Products:
     def add(self, gradient: torch.Tensor) -> None:
         rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
         self.count += len(rows)
-        self.total += (rows.T @ rows).cpu()
+        self.total += gram(rows).cpu()
 
     def done(self, world: World) -> Fisher:
         count = world.count(self.count)

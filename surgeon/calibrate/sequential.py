@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from surgeon.axes.contractions import Contraction, contractions
+from surgeon.calibrate.moments import gram
 from surgeon.calibrate.parallel import World
 from surgeon.calibrate.running import Change, Get, Machine, Running
 from surgeon.calibrate.segments import Segment, segments
@@ -70,7 +71,7 @@ class _Products:
     def add(self, x: torch.Tensor, p: torch.Tensor, gap: torch.Tensor | None) -> None:
         x, p = _rows(x), _rows(p)
         p = p if len(self._kept) == self._width else p[:, self._kept]
-        self.pruned += p.T @ p
+        self.pruned += gram(p)
         if self.cross is not None:
             self.cross += x.T @ p
         if self.wanted is not None and gap is not None:

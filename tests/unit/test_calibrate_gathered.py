@@ -360,6 +360,19 @@ def test_one_walk_answers_for_every_layer_and_role(monkeypatch: pytest.MonkeyPat
     assert len(walks) == 1
 
 
+def test_who_asks_for_all_of_a_role_at_once_gets_nothing_else() -> None:
+    found, names = data(), [DOWN, "model.layers.1.mlp.down_proj.weight"]
+    found.moments(names)
+    found.fisher(names)
+    values = {c.value for c in contractions(origin().program) if c.param in names}
+    made = {c.out for c in contractions(origin().program) if c.param in names}
+    assert found._known.second.keys() == values and found._known.fisher.keys() == made
+    one = data()
+    one.moments(names[:1])
+    one.fisher(names[:1])
+    assert one._known.second.keys() > values and one._known.fisher.keys() > made
+
+
 def test_what_no_pass_is_going_to_ask_for_is_let_go() -> None:
     found = data()
     found.expect(["activations: second moment", "gradients: outputs", "gradients: weights"])

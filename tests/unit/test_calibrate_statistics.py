@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from surgeon.axes.contractions import contractions
+from surgeon.calibrate import moments
 from surgeon.calibrate.segments import segments
 from surgeon.calibrate.statistics import observe
 from surgeon.errors import SurgeonError
@@ -121,3 +124,13 @@ def test_values_that_are_no_numbers_are_noticed_where_they_arise() -> None:
     with pytest.raises(SurgeonError) as caught:
         list(observe(origin.program, get, inputs()[0]))
     assert "model.layers.1" in caught.value.at
+
+
+@given(rows=st.integers(0, 9), width=st.integers(1, 40))
+def test_a_mirrored_product_is_the_whole_one(rows: int, width: int) -> None:
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(width))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "_NARROW", 3)
+        found = moments.gram(x)
+    torch.testing.assert_close(found, x.T @ x)
+    assert torch.equal(found, found.T)
