@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from surgeon.plugin import Code, SurgeonError
+
 RIDGE = 0.2
 """Pull towards the old weights, as a share of the inputs' mean square. Some ten thousand tokens
 don't determine a matrix: on windows not solved for, errors are least at 0.1 to 0.3. On eighths of
@@ -24,6 +26,9 @@ def refitted(
         cross: [d, d], the mean of y·xᵀ for inputs x; what the old weights make of y is wanted.
         ridge: the pull towards the old weights, as a share of the inputs' mean square.
         wanted: [out, d], the mean of w·xᵀ for what is wanted, w, in place of `cross`.
+
+    Raises:
+        SurgeonError: `bad-option` where the ridge is too small for a singular second moment.
     """
     import torch
 
@@ -35,7 +40,16 @@ def refitted(
     right = wanted[:, kept] + pull * old[:, kept]
     out = torch.zeros_like(old)
     # Positive definite, as its ridge is: half of what other factors take.
-    out[:, kept] = torch.cholesky_solve(right.T, torch.linalg.cholesky(left)).T
+    root, failed = torch.linalg.cholesky_ex(left)
+    if bool(failed):
+        raise SurgeonError(
+            Code.BAD_OPTION,
+            "weights can't be solved for",
+            at=f"ridge: {ridge:g}",
+            why="beside so small a ridge the second moment of a map's inputs is singular",
+            try_="a larger ridge, or more calibration windows (--samples)",
+        )
+    out[:, kept] = torch.cholesky_solve(right.T, root).T
     return (out if dim == 1 else out.T).float().contiguous()
 
 

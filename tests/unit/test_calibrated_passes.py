@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import surgeon
+from passes._refit import refitted
 from passes.compensate.least_squares import LeastSquares
 from passes.score.obs import OptimalBrainSurgeon
 from surgeon.axes.consumers import consumers
@@ -163,6 +164,14 @@ def test_the_ridge_holds_weights_where_they_were(context: Context, llama: Model)
     (stiff,) = LeastSquares(ridge=1e6).compensate(context, plan).values()
     old = llama.read("model.layers.0.mlp.down_proj.weight")
     torch.testing.assert_close(stiff[:, :40], old[:, :40], rtol=1e-3, atol=1e-4)
+
+
+def test_a_ridge_that_cannot_hold_a_singular_moment_is_refused() -> None:
+    weight, second = torch.randn(2, 3), torch.ones(3, 3, dtype=torch.float64)
+    with pytest.raises(surgeon.SurgeonError, match="can't be solved for") as caught:
+        refitted(weight, 1, None, second, second, 1e-20)
+    assert caught.value.at == "ridge: 1e-20"
+    assert torch.isfinite(refitted(weight, 1, None, second, second, 1e-6)).all()
 
 
 # --- the whole way -------------------------------------------------------------------------------
