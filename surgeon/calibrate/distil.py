@@ -33,7 +33,6 @@ from surgeon.calibrate.states import States, by_window, scratch
 from surgeon.calibrate.statistics import forward
 from surgeon.calibrate.taps import Asked, taps
 from surgeon.ir import ParamRef, Program
-from surgeon.ir.program import op_refs
 from surgeon.memory import give_back
 from surgeon.runtime.apply import removed
 from surgeon.runtime.precision import rounded_products
@@ -62,16 +61,12 @@ def trained(program: Program) -> tuple[Contraction, ...]:
 
     A tied table is read by the embedding too, where a gain of the head has no business.
     """
-    uses = _uses(program)
+    readers = program.readers
     return tuple(
-        c for c in contractions(program) if uses[c.param] == 1 and c.out not in program.outputs
+        c
+        for c in contractions(program)
+        if len(readers[c.param]) == 1 and c.out not in program.outputs
     )
-
-
-def _uses(program: Program) -> Counter[str]:
-    """Returns how often each parameter is read."""
-    refs = (ref for op in program.ops for ref in op_refs(op))
-    return Counter(ref.name for ref in refs if isinstance(ref, ParamRef))
 
 
 def scales(program: Program) -> dict[str, str]:
@@ -83,14 +78,15 @@ def scales(program: Program) -> dict[str, str]:
     Returns:
         The vector's name by the value that is made by multiplying with it and nothing else.
     """
-    uses, own = _uses(program), {c.param for c in trained(program)}
+    readers, own = program.readers, {c.param for c in trained(program)}
     found: dict[str, str] = {}
     for value in (c.value for c in contractions(program) if c.param not in own):
         index = program.producer.get(value)
         if index is None or program.ops[index].target != "aten.mul.Tensor":
             continue
         args = program.ops[index].args
-        names = [a.name for a in args if isinstance(a, ParamRef) and uses[a.name] == 1]
+        params = [a.name for a in args if isinstance(a, ParamRef)]
+        names = [name for name in params if len(readers[name]) == 1]
         sizes = [program.param[name].type.shape for name in names]
         if sizes == [program.types[value].shape[-1:]]:
             found[value] = names[0]

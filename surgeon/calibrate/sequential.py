@@ -119,10 +119,11 @@ def closing(piece: Segment) -> Contraction | None:
 
 @dataclass(frozen=True)
 class _Maps:
-    """What is solved for in one piece: maps, by their parameters."""
+    """What is solved for in one piece: maps, by their parameters; and what masks them."""
 
     piece: Segment
     by_param: Mapping[str, Contraction]
+    mask: Mask
 
     @cached_property
     def values(self) -> tuple[str, ...]:
@@ -150,22 +151,23 @@ class _Maps:
         """Whether the last map's input is all that is left of the piece to go on from."""
         return self.values == (self.alone,)
 
-    def read(self, value: str, mask: Mask) -> torch.Tensor:
-        """Returns the channels of a value that weights are left on."""
-        left = torch.zeros(_width(self.piece.program, value), dtype=torch.bool)
+    @cached_property
+    def read(self) -> Mapping[str, torch.Tensor]:
+        """The channels of each value that weights are left on."""
+        program = self.piece.program
+        left = {v: torch.zeros(_width(program, v), dtype=torch.bool) for v in self.values}
         for name, c in self.by_param.items():
-            if c.value == value:
-                shape = [int(size) for size in self.piece.program.param[name].type.shape]
-                left |= (mask(name, torch.ones(shape)) != 0).any(1 - c.dim)
-        return left.nonzero().flatten()
+            shape = [int(size) for size in program.param[name].type.shape]
+            left[c.value] |= (self.mask(name, torch.ones(shape)) != 0).any(1 - c.dim)
+        return {value: found.nonzero().flatten() for value, found in left.items()}
 
-    def products(self, mask: Mask, device: str, *, cross: bool) -> dict[str, _Products]:
+    def products(self, device: str, *, cross: bool) -> dict[str, _Products]:
         """Returns empty sums by value."""
         width, end = partial(_width, self.piece.program), self.end
         return {
             name: _Products(
                 width(name),
-                self.read(name, mask),
+                self.read[name],
                 width(end.out) if end and end.value == name else None,
                 device,
                 cross=cross or name != self.alone,
@@ -208,7 +210,7 @@ class _Smaller:
     def enter(self, maps: _Maps, folder: Path | None, *, cross: bool) -> None:
         """Comes to the next piece."""
         self._maps, device, change = maps, self._world.device, self._change
-        self._sums = maps.products(self._mask, device, cross=cross)
+        self._sums = maps.products(device, cross=cross)
         self._held = States(len(self.states) if maps.carried else 0, folder)
         end = maps.end
         bias = self.weight(end.bias) if end and end.bias else torch.zeros(1)
@@ -349,7 +351,7 @@ def sequential(
                 break
             found = contractions(piece.program)
             own = {c.param: c for c in found if c.param in wanted and c.param not in done}
-            maps = _Maps(piece, own)
+            maps = _Maps(piece, own, mask)
             running = Running(piece, get, world.device, values=maps.values, passing=passes_on)
             for s in smaller:
                 s.enter(maps, folder, cross=cross)

@@ -17,7 +17,7 @@ from surgeon.calibrate.divergence import Divergence, Trial, divergences
 from surgeon.calibrate.loss import mean_loss
 from surgeon.calibrate.parallel import join
 from surgeon.calibrate.running import TOKENS, Change, Get, Machine
-from surgeon.calibrate.sequential import Solve, sequential
+from surgeon.calibrate.sequential import Mask, Solve, sequential
 from surgeon.runtime.apply import kept_only, masked, removed, rewritten
 
 GRADIENT_WINDOWS = 12
@@ -253,9 +253,7 @@ class OnData:
             self.notes.append(note)
         return [world.share(part) for part in every.tensor_split(count)]
 
-    def _masking(
-        self, plan: Plan
-    ) -> tuple[Callable[[str, torch.Tensor], torch.Tensor], Change | None]:
+    def _masking(self, plan: Plan) -> tuple[Mask, Change | None]:
         """Returns what masks parameters, and normalisers that see kept channels only."""
         selection = Selection(self.axes, plan)
         silent = dropped(self.axes, plan)
