@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import textwrap
@@ -240,7 +241,7 @@ def build(kind: str, name: str, values: Mapping[str, Any]) -> Pass:
 def _summary(file: Path, plugin: str) -> str:
     """Returns the first line of the file's docstring, or of its first class's."""
     try:
-        tree = ast.parse(file.read_bytes())
+        return _first_line(file.read_bytes())
     except (SyntaxError, ValueError) as error:
         raise SurgeonError(
             Code.BAD_PASS,
@@ -250,6 +251,13 @@ def _summary(file: Path, plugin: str) -> str:
             try_="mend the file, or uninstall the plug-in",
             data={"plugin": plugin},
         ) from error
+
+
+# By content, so that no change of a file is missed: one prune looks every pass up several times.
+@functools.cache
+def _first_line(source: bytes) -> str:
+    """Returns the first line that documents a module or its classes, in their order."""
+    tree = ast.parse(source)
     documented = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
     for node in documented:
         doc = ast.get_docstring(node)

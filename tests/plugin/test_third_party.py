@@ -41,6 +41,12 @@ def test_listing_reads_files_and_imports_nothing(acme):
     assert "_shared" not in registry.available()["score"]
 
 
+def test_a_file_that_changed_is_read_anew(acme):
+    path = registry.available()["score"]["loud_one"].path
+    path.write_text('"""Scores by silence."""\n')
+    assert registry.available()["score"]["loud_one"].summary == "Scores by silence."
+
+
 def test_listing_needs_no_framework(acme):
     code = (
         f"import sys; sys.path.insert(0, {str(acme)!r})\n"
