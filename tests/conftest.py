@@ -18,6 +18,20 @@ settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+LONGEST_FIRST = ("real", "zoo", "slow")
+"""Marks of tests, of those that take the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with the longest tests first, so that no worker is left with one at the end."""
+    ranks: dict[Path, int] = {}
+    for item in items:
+        own = (i for i, mark in enumerate(LONGEST_FIRST) if item.get_closest_marker(mark))
+        rank = next(own, len(LONGEST_FIRST))
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+    items.sort(key=lambda item: ranks[item.path])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def captures() -> Iterator[None]:
     """A model that was traced before in this process is not traced again."""
