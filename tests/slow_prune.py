@@ -23,6 +23,8 @@ CONTEXT.set_forkserver_preload(["tests.slow_prune", "tests.warmed"])
 
 def run(pipe: Connection, args: tuple[str, ...]) -> None:
     """Runs the command, waiting for leave before and after each step of the writing."""
+    # As in a terminal: what a shell runs in the background is started with interruptions ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def step(name: str) -> None:
         pipe.send(name)
